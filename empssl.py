@@ -1,0 +1,709 @@
+"""EMP-SSL: image features without labels, in one pass over the data. Tong, Chen, Ma, LeCun, arXiv 2304.03977.
+
+Cut many patches from each image, pull the patches of an image together, keep the batch spread out:
+
+    maximise  R + lambda * D      R = mean_i 1/2 log det(I + d/(b eps2) Z_i^T Z_i)    Total Coding Rate
+                                  D = mean_ij cos(z_ij, mean_i z_ij)                  invariance
+
+Letters used throughout: n patches an image, b images a batch, d embedding width, N images in a data set, s side of a
+patch in pixels, K numbers that describe a patch. Embeddings are z (n, b, d): patch-major, so z[i] is the i-th patch of
+every image, and row i*b + j of anything flattened is patch i of image j.
+
+    python empssl.py --dataset cifar10 --epochs 10
+"""
+
+import errno
+import hashlib
+import itertools
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torchvision.models.resnet import BasicBlock
+from tqdm import tqdm
+
+import empssl_io as io
+from empssl_io import UsageError, load_dataset
+
+__all__ = ["load_dataset", "Augmentation", "sample_patches", "extract_patches", "extract_patches_ref", "Encoder",
+           "coding_rate", "invariance", "empssl_loss", "LARS", "train", "embed", "linear_probe", "knn_probe", "main"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: every field is a flag (--patch-size ...); a preset is a set of other defaults.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def flag(default, help: str, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class Config:
+    dataset: str = flag("cifar10", "data set", choices=io.DATASETS)
+    data_dir: str = flag("data", "where CIFAR is or goes to; the folder itself for image folders")
+    image_size: int = flag(None, "side that a folder's images are brought to (first image's shorter side, at most 224)")
+    subset: int = flag(None, "use this many training images, chosen by the seed")
+    preset: str = flag("auto", "defaults: the paper's recipe, or one for a CPU; auto goes by the device",
+                       choices=("auto", "paper", "laptop"))
+    epochs: int = flag(1, "passes over the training images; the cosine ends with the last")
+    patches: int = flag(None, "n, patches an image")
+    patch_size: int = flag(None, "s, side of a patch in pixels after resizing")
+    batch: int = flag(None, "b, images a batch")
+    lr: float = flag(None, "learning rate at the start")
+    lam: float = flag(200.0, "lambda, weight of the invariance term")
+    eps2: float = flag(0.2, "squared distortion of the coding rate")
+    backbone: str = flag(None, "encoder's backbone", choices=("resnet18", "small"))
+    hidden: int = flag(None, "width of the representation, the features that are probed")
+    dim: int = flag(None, "d, width of the embedding")
+    eval_patches: int = flag(None, "patches an image when probing")
+    seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps")
+    precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
+    compile: bool = flag(False, "torch.compile the encoder")
+    name: str = flag(None, "run folder below runs/ (data set and time)")
+    eval_only: bool = flag(False, "probe --checkpoint on --dataset, no training")
+    checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
+    export_features: str = flag(None, "write the features of --dataset's images to this .npz")
+
+
+PRESETS = {
+    "paper": dict(patches=20, batch=100, lr=0.3, backbone="resnet18", hidden=4096, dim=1024, eval_patches=128),
+    "laptop": dict(patches=20, batch=100, lr=0.3, backbone="small", hidden=1024, dim=256, eval_patches=8,
+                   patch_size=16),
+}
+
+
+def generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    """Randomness is a function of (seed, purpose, step): nothing to save, the same on every device and process.
+
+    PyTorch's CPU generator keeps 32 bits of its seed, so the three are hashed rather than added.
+    """
+    digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches (paper section 3.1): crop a quarter of the image, resize, flip, jitter, grey, blur, solarize.
+# Sampling draws the numbers that describe each patch; extracting is a pure function of them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Augmentation:
+    """How patches are drawn. The defaults are the official CIFAR recipe; `Augmentation.none()` is the crop alone."""
+    area: tuple[float, float] = (0.25, 0.25)        # of the image's area, uniform
+    ratio: tuple[float, float] = (1.0, 1.0)         # width / height, log-uniform; (3/4, 4/3) at 224 pixels
+    flip: float = 0.5                               # probability
+    jitter: float = 0.8                             # probability that the four below act, in an order of its own
+    brightness: float = 0.4                         # factor uniform in [1 - 0.4, 1 + 0.4]
+    contrast: float = 0.4                           # the same
+    saturation: float = 0.4                         # the same
+    hue: float = 0.2                                # shift uniform in [-0.2, 0.2] of the colour circle
+    grey: float = 0.2                               # probability
+    blur: float = 0.1                               # probability
+    sigma: tuple[float, float] = (0.1, 2.0)         # of the blur, output pixels, uniform
+    solarize: float = 0.1                           # probability; inverts values from 128/255 up
+
+    @classmethod
+    def none(cls, **kwargs) -> "Augmentation":
+        return cls(**{"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0} | kwargs)
+
+
+COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
+           "sigma", "solarize")
+K = len(COLUMNS)
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))       # (24, 4): order code -> jitter operations
+
+
+def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Augmentation,
+                   generator: torch.Generator | None = None) -> Tensor:
+    """Draw what describes n patches of b images: float32 `(n, b, K)` on the CPU, columns as in `COLUMNS`.
+
+    Crops are whole pixels, sized as torchvision's RandomResizedCrop sizes them, but one that does not fit is cut to
+    the image where torchvision draws again (the paper's quarter of a square image always fits). Factors that do not
+    act are neutral: 1 for brightness, contrast, saturation; 0 for the rest.
+    """
+    (H, W), a = image_size, augmentation
+    if not (0 < a.area[0] <= a.area[1] <= 1 and 0 < a.ratio[0] <= a.ratio[1]):
+        raise UsageError(f"a crop of area {a.area} and ratio {a.ratio} does not fit: the area must lie in (0, 1].")
+    u = iter(torch.rand(16, n, b, generator=generator))             # one uniform (n, b) for each choice below
+    between = lambda lo, hi: lo + (hi - lo) * next(u)
+    happens = lambda probability: next(u) < probability
+
+    area = H * W * between(*a.area)
+    ratio = torch.exp(between(math.log(a.ratio[0]), math.log(a.ratio[1])))
+    height = (area / ratio).sqrt().round().clamp(1, H)
+    width = (area * ratio).sqrt().round().clamp(1, W)
+    top = (next(u) * (H - height + 1)).floor()
+    left = (next(u) * (W - width + 1)).floor()
+    flip = happens(a.flip)
+    jitter = happens(a.jitter)
+    factor = lambda strength: torch.where(jitter, between(max(0.0, 1 - strength), 1 + strength), 1.0)
+    brightness, contrast, saturation = factor(a.brightness), factor(a.contrast), factor(a.saturation)
+    hue = torch.where(jitter, between(-a.hue, a.hue), 0.0)
+    order = torch.where(jitter, (next(u) * len(ORDERS)).floor(), 0.0)
+    grey = happens(a.grey)
+    sigma = torch.where(happens(a.blur), between(*a.sigma), 0.0)
+    solarize = happens(a.solarize)
+    return torch.stack([top, left, height, width, flip, brightness, contrast, saturation, hue, order, grey, sigma,
+                        solarize], dim=-1)
+
+
+def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cut and augment the patches that `params` describes, scaled to [-1, 1].
+
+    images `(N, 3, H, W)` uint8; index `(b,)` int64, rows of `images`; params `(n, b, K)` from `sample_patches`; s side
+    of a patch. Returns `(n*b, 3, s, s)` of `dtype` on the images' device, channels-last, patch-major. Raises
+    `ValueError` for wrong shapes or types, and where a crop or an index leaves what it indexes.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}.")
+    if params.ndim != 3 or params.shape[2] != K or index.shape != params.shape[1:2]:
+        raise ValueError(f"params must be (n, b, {K}) and index (b,), not {tuple(params.shape)} and "
+                         f"{tuple(index.shape)}.")
+    if s < 1:
+        raise ValueError(f"a patch side of {s} pixels makes no patch; it must be at least 1.")
+    (N, _, H, W), (top, left, height, width) = images.shape, params[..., :4].unbind(-1)
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < N):
+        raise ValueError(f"index reaches outside the {N} images.")
+    if not ((top >= 0) & (left >= 0) & (height >= 1) & (width >= 1) & (top + height <= H) & (left + width <= W)).all():
+        raise ValueError(f"a crop reaches outside its {H}x{W} image.")
+    return extract_patches_ref(images, index, params, s, dtype)
+
+
+def extract_patches_ref(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`extract_patches` in PyTorch, all patches at once, arguments unchecked. Computes in float64 for that `dtype`."""
+    n, b, _ = params.shape
+    device, compute = images.device, torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(n * b, 3, s, s, dtype=dtype, device=device, memory_format=torch.channels_last)
+    params = params.to(device, compute).flatten(0, 1)               # (n*b, K)
+    index = index.to(device).repeat(n)                              # (n*b,)
+    # A chunk's temporaries stay in a CPU's cache, or within a GPU's memory.
+    chunk = max(1, 2 ** (16 if device.type == "cpu" else 24) // max(s * s, images.shape[2] * images.shape[3]))
+    for rows in torch.arange(n * b, device=device).split(chunk):
+        p = dict(zip(COLUMNS, params[rows].unbind(1)))              # each (P,)
+        x = images[index[rows]].to(compute) / 255                   # (P, 3, H, W) in [0, 1]
+        down = crop_weights(p["top"], p["height"], x.shape[2], s)   # (P, s, H)
+        across = crop_weights(p["left"], p["width"], x.shape[3], s)             # (P, s, W)
+        across = torch.where(p["flip"].view(-1, 1, 1) > 0, across.flip(1), across)
+        x = apply_rows_and_columns(down, x, across)                 # (P, 3, s, s)
+        for step in ORDERS.to(device)[p["order"].long()].unbind(1):             # each patch's own order of the four
+            for operation, (name, neutral, jitter) in enumerate(JITTER):
+                here = (step == operation) & (p[name] != neutral)
+                x[here] = jitter(x[here], p[name][here].view(-1, 1, 1, 1))
+        x = torch.where(p["grey"].view(-1, 1, 1, 1) > 0, greyscale(x), x)
+        here = p["sigma"] > 0
+        blur = blur_weights(p["sigma"][here], s)                    # (P', s, s)
+        x[here] = apply_rows_and_columns(blur, x[here], blur)
+        x = torch.where((p["solarize"].view(-1, 1, 1, 1) > 0) & (x >= 128 / 255), 1 - x, x)
+        out[rows] = (x * 2 - 1).to(dtype)
+    return out
+
+
+def apply_rows_and_columns(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
+    """`down @ x @ across^T` for each patch and channel: `(P, s, H), (P, 3, H, W), (P, s, W) -> (P, 3, s, s)`."""
+    P, C, H, W = x.shape
+    x = torch.bmm(x.reshape(P, C * H, W), across.mT).view(P, C, H, across.shape[1])
+    return torch.matmul(down.unsqueeze(1), x)
+
+
+def crop_weights(start: Tensor, length: Tensor, side: int, s: int) -> Tensor:
+    """Rows that crop `[start, start + length)` out of `side` pixels and resize it to `s`: `(P,), (P,) -> (P, s, side)`.
+
+    Bilinear, antialiased when shrinking: the triangle filter of torchvision's `resize(..., antialias=True)`.
+    """
+    scale = (length / s).view(-1, 1, 1)
+    centre = (torch.arange(s, device=start.device, dtype=start.dtype).view(1, -1, 1) + 0.5) * scale     # in the crop
+    pixel = torch.arange(side, device=start.device, dtype=start.dtype) - start.view(-1, 1, 1)           # (P, 1, side)
+    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = torch.where((pixel >= 0) & (pixel < length.view(-1, 1, 1)), weight, 0.0)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def greyscale(x: Tensor) -> Tensor:
+    """`(P, 3, s, s) -> (P, 1, s, s)`: ITU-R 601 luma, torchvision's weights."""
+    r, g, b = x.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+
+
+def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def rotate_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Through HSV and back: hue in sixths of the circle, value = max, chroma = max - min stays."""
+    r, g, b = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    c = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
+    hue = torch.where(chroma > 0, hue, 0.0) + 6 * shift.squeeze(1)
+    channels = []
+    for offset in (5, 3, 1):                                        # red, green, blue
+        k = (hue + offset).remainder(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+JITTER = (("brightness", 1, lambda x, factor: (factor * x).clamp(0, 1)),
+          ("contrast", 1, lambda x, factor: blend(x, greyscale(x).mean((2, 3), keepdim=True), factor)),
+          ("saturation", 1, lambda x, factor: blend(x, greyscale(x), factor)),
+          ("hue", 0, rotate_hue))
+
+
+def blur_weights(sigma: Tensor, s: int, radius: int = 6) -> Tensor:
+    """Rows that blur s pixels: 13 Gaussian taps, reflected at the borders. `(P,) -> (P, s, s)`."""
+    tap = torch.arange(-radius, radius + 1, device=sigma.device)
+    weight = torch.softmax(-0.5 * (tap / sigma.view(-1, 1)) ** 2, dim=1)           # (P, 13), each sums to 1
+    period = max(2 * (s - 1), 1)
+    pixel = (torch.arange(s, device=sigma.device).view(-1, 1) + tap).remainder(period)
+    pixel = torch.minimum(pixel, period - pixel) if s > 1 else torch.zeros_like(pixel)      # (s, 13), reflected
+    rows = torch.zeros(len(sigma), s, s, dtype=sigma.dtype, device=sigma.device)
+    return rows.scatter_add_(2, pixel.expand(len(sigma), -1, -1), weight.unsqueeze(1).expand(-1, s, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder (paper section 3.2): backbone, representation, projector.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    """Patches `(P, 3, s, s)` in [-1, 1] to unit embeddings `(P, d)`; `representation(x)` `(P, hidden)` is probed.
+
+    backbone: "resnet18", torchvision's, with the CIFAR stem up to 64 pixels; or "small", for CPUs.
+    """
+
+    def __init__(self, backbone: str = "resnet18", patch_size: int = 32, hidden: int = 4096, dim: int = 1024):
+        super().__init__()
+        self.architecture = dict(backbone=backbone, patch_size=patch_size, hidden=hidden, dim=dim)
+        if backbone == "resnet18":
+            self.backbone = torchvision.models.resnet18()
+            self.backbone.fc = nn.Identity()
+            if patch_size <= 64:
+                self.backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+                self.backbone.maxpool = nn.Identity()
+            width = 512
+        elif backbone == "small":
+            self.backbone, width = small_backbone(), 256
+        else:
+            raise ValueError(f"There is no backbone {backbone!r}; choose resnet18 or small.")
+        self.represent = nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.project = nn.Sequential(nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                     nn.Linear(hidden, dim))
+
+    def representation(self, x: Tensor) -> Tensor:
+        return self.represent(self.backbone(x))                     # (P, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.project(self.representation(x)), dim=-1)            # (P, d), unit rows
+
+
+def small_backbone() -> nn.Module:
+    """16x16 patches to 256 numbers: a strided stem and two residual stages, most of a CPU's work in large products."""
+    def stage(inputs, outputs):
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+    return nn.Sequential(nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                         stage(64, 128), stage(128, 256), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss (paper equations 2 to 4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
+    """Total Coding Rate `R` of `z (n, b, d)`, mean over patches: `1/2 log det(I + d/(b eps2) Z_i^T Z_i)`, in nats.
+
+    The determinant is taken of the smaller of the d x d and the b x b matrix, equal by Sylvester's identity, in
+    float32 or better whatever z is. `eps2` is the paper's epsilon squared (the official code's `--eps`, unsquared
+    there). NaN where z is not finite.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        _, b, d = z.shape
+        gram = z @ z.mT if b < d else z.mT @ z                      # (n, k, k), k = min(b, d)
+        identity = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
+        logdet, _ = logdet_spd_ref(identity + d / (b * eps2) * gram)
+        return logdet.mean() / 2
+
+
+def logdet_spd_ref(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`A (n, k, k)` symmetric positive definite -> `log det A (n,)` and its inverse `(n, k, k)`, by Cholesky.
+
+    NaN, for that matrix alone, where A is not positive definite.
+    """
+    L, failed = torch.linalg.cholesky_ex(A)
+    logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    bad = failed != 0
+    return logdet.masked_fill(bad, math.nan), torch.cholesky_inverse(L.detach()).masked_fill(bad.view(-1, 1, 1), math.nan)
+
+
+def invariance(z: Tensor) -> Tensor:
+    """`D`, in [-1, 1]: mean cosine between each embedding and its image's mean embedding, of `z (n, b, d)`, unit rows.
+
+    The mean is part of the graph; there is no stop-gradient.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        return F.cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean()
+
+
+def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
+    """`-(R + lam * D)`, to be minimised, of `z (n, b, d)` with unit rows."""
+    return -(coding_rate(z, eps2) + lam * invariance(z))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer (paper section 4; the details are the official code's)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class LARS(torch.optim.Optimizer):
+    """SGD with Nesterov momentum on gradients that LARS has scaled, as the official code does it.
+
+    Tensors with ndim != 1: `trust = eta |p| / (|g| + wd |p| + 1e-8)`, `g <- (g + wd p) min(trust / lr, 1)`, untouched
+    where |p| or |g| is 0. Tensors with ndim 1 (biases, BatchNorm): plain SGD, no decay. With the clip the learning
+    rate is a cap: a tensor moves by `trust` as long as that is below `lr`.
+    """
+
+    def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 1e-4, eta: float = 0.005):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if p.ndim != 1:
+                    p_norm, g_norm = p.norm(), g.norm()
+                    trust = group["eta"] * p_norm / (g_norm + decay * p_norm + 1e-8)
+                    scaled = (g + decay * p) * (trust / lr).clamp(max=1) if lr > 0 else g
+                    g = torch.where((p_norm > 0) & (g_norm > 0), scaled, g)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = g.clone()
+                else:
+                    state["momentum_buffer"].mul_(momentum).add_(g)
+                p.sub_(lr * (g + momentum * state["momentum_buffer"]))          # Nesterov
+        return loss
+
+
+def cosine(lr: float, t: int, T: int) -> float:
+    """Learning rate of step t of T: from `lr` at t = 0 down to 0 at t = T, no warm-up."""
+    return lr / 2 * (1 + math.cos(math.pi * t / T))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training (paper algorithm 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation, log=lambda record: None,
+          after_epoch=lambda epoch: {}) -> dict:
+    """Train `encoder` in place on `images (N, 3, H, W)` uint8, on the encoder's device, for `config.epochs` passes.
+
+    An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the
+    latter with what `after_epoch(epoch)` returned. Returns `train_seconds` (without `after_epoch`), `patches_seen`
+    and the last `R` and `D`. Raises `UsageError` where b > N, and `FloatingPointError`, before `after_epoch` could
+    save anything, where a loss was not finite.
+    """
+    n, b, s = config.patches, config.batch, config.patch_size
+    N, device = len(images), next(encoder.parameters()).device
+    steps = N // b
+    T = config.epochs * steps
+    if steps == 0:
+        raise UsageError(f"--batch {b} is larger than the data set's {N} training images; give a smaller --batch.")
+    optimizer = LARS(encoder.parameters(), lr=config.lr)
+    forward = torch.compile(encoder) if config.compile else encoder
+    bad_step = torch.tensor(-1, device=device)          # the first step whose loss was not finite, read now and then
+    seconds, clock, record = 0.0, time.perf_counter(), {}
+    with tqdm(total=T, desc="training", unit="step", dynamic_ncols=True) as bar:
+        for epoch in range(config.epochs):
+            encoder.train()
+            order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
+            for t in range(epoch * steps, (epoch + 1) * steps):
+                index = order[t % steps * b:][:b]
+                params = sample_patches(b, n, images.shape[2:], augmentation, generator(config.seed, "patches", t))
+                x = cut(images, index, params, s, device)                                   # (n*b, 3, s, s)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    z = forward(x).view(n, b, -1)                                           # (n, b, d)
+                loss = empssl_loss(z, config.lam, config.eps2)
+                for group in optimizer.param_groups:
+                    group["lr"] = cosine(config.lr, t, T)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite(), t, bad_step)
+                bar.update()
+                if (t + 1) % 10 == 0 or (t + 1) % steps == 0:
+                    if bad_step >= 0:
+                        raise FloatingPointError(f"The loss was not finite at step {int(bad_step) + 1} of {T}; what was "
+                                                 f"saved before is kept. Try a smaller --lr or --precision float32.")
+                    D = invariance(z.detach()).item()
+                    now = seconds + time.perf_counter() - clock
+                    record = {"step": t + 1, "epoch": (t + 1) / steps, "R": -loss.item() - config.lam * D, "D": D,
+                              "lr": cosine(config.lr, t, T), "patches_per_second": (t + 1) * n * b / now}
+                    bar.set_postfix_str(f"R {record['R']:.1f}  D {D:.3f}  lr {record['lr']:.3f}  "
+                                        f"{record['patches_per_second']:.0f} patches/s")
+                    log(record)
+                    if t + 1 == 10:
+                        bar.write(f"about {io.human_time(now / 10 * (T - 10))} of training to go")
+            seconds += time.perf_counter() - clock
+            log({"step": t + 1, "epoch": epoch + 1, "train_seconds": seconds} | after_epoch(epoch))
+            clock = time.perf_counter()
+    return {"R": record["R"], "D": record["D"], "train_seconds": seconds, "patches_seen": T * n * b}
+
+
+def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.device) -> Tensor:
+    """`extract_patches` on `device`, wherever the data set is: a batch is gathered first if that is not the device."""
+    if images.device.type != device.type:
+        images, index = images[index], torch.arange(len(index))
+        images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+    return extract_patches(images, index.to(images.device), params, s)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation (paper section 4): bag of patches, linear probe, weighted kNN
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Augmentation | None = None, seed: int = 0,
+          precision: str = "float32") -> Tensor:
+    """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
+
+    The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by
+    default crops alone. The result is on the encoder's device.
+    """
+    augmentation = augmentation or Augmentation.none()
+    encoder.eval()
+    device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
+    b = max(1, min(len(images), 2 ** 19 // (patches * s * s)))      # images at once: half a million pixels of patches
+    features = []
+    for start in tqdm(range(0, len(images), b), desc="embedding", unit="batch", leave=False, dynamic_ncols=True):
+        index = torch.arange(start, min(start + b, len(images)))
+        params = sample_patches(len(index), patches, images.shape[2:], augmentation, generator(seed, "embed", start))
+        x = cut(images, index, params, s, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            h = encoder.representation(x)
+        features.append(h.float().view(patches, len(index), -1).mean(0))
+    return torch.cat(features)
+
+
+def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
+                 epochs: int = 100, batch: int = 100, lr: float = 0.03, seed: int = 0) -> tuple[float, float]:
+    """Top-1 and top-5 test accuracy, in [0, 1], of a linear layer trained on frozen features `(N, hidden)`.
+
+    The official protocol: SGD, momentum 0.9, weight decay 5e-5, cosine to 0. Unlike the official code, the accuracy
+    is the last epoch's rather than the best one seen on the test data, and no training feature is dropped.
+    """
+    device = train_features.device
+    y, test_labels = train_labels.to(device), test_labels.to(device)
+    N, steps = len(y), math.ceil(len(y) / batch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = nn.Linear(train_features.shape[1], int(max(y.max(), test_labels.max())) + 1).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, weight_decay=5e-5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for epoch in tqdm(range(epochs), desc="linear probe", unit="epoch", leave=False, dynamic_ncols=True):
+        for index in torch.randperm(N, generator=generator(seed, "probe", epoch)).to(device).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(layer(train_features[index]), y[index]).backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        guesses = layer(test_features).topk(min(5, layer.out_features), dim=1).indices      # (M, 5)
+    hits = guesses == test_labels.view(-1, 1)
+    return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
+
+
+@torch.no_grad()
+def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20,
+              temperature: float = 0.07) -> float:
+    """Top-1 test accuracy, in [0, 1], of the k nearest training features by cosine, votes weighted exp(cos / T)."""
+    bank, y = F.normalize(train_features, dim=1), train_labels.to(train_features.device)
+    votes = []
+    for queries in F.normalize(test_features, dim=1).split(1000):
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)             # (1000, k)
+        weight = (similarity / temperature).exp()
+        votes.append(torch.zeros(len(queries), int(y.max()) + 1, device=y.device)
+                     .scatter_add_(1, y[nearest], weight).argmax(1))
+    return (torch.cat(votes) == test_labels.to(y.device)).float().mean().item()
+
+
+def probe(h: list[Tensor], data: io.Dataset, config: Config, augmentation: Augmentation) -> dict:
+    """Probes of the features h of both splits. Beside them stand those of raw pixels (at most 32x32) and of the
+    untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
+    def baselines():
+        side = min(32, data.train_images.shape[-1])
+        shrink = lambda images: torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, side).flatten(1)
+                                           for part in images.split(1000)])
+        pixels = [shrink(data.train_images), shrink(data.test_images)]
+        untrained = features(settled(new_encoder(config), data.train_images, config, augmentation), data, config,
+                             augmentation)
+        return {f"{name}_top1": linear_probe(x[0], data.train_labels, x[1], data.test_labels)[0]
+                for name, x in (("raw_pixels", pixels), ("untrained", untrained))}
+    everything = h[0], data.train_labels, h[1], data.test_labels
+    linear_top1, linear_top5 = linear_probe(*everything)
+    recipe = (data.key, config.backbone, config.patch_size, config.hidden, config.eval_patches, asdict(augmentation),
+              config.seed, config.precision)
+    return ({"linear_top1": linear_top1, "linear_top5": linear_top5, "knn_top1": knn_probe(*everything)}
+            | io.remembered(f"baselines {recipe}", baselines))
+
+
+def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
+    return [None if images is None else
+            embed(encoder, images, config.eval_patches, augmentation, config.seed, config.precision)
+            for images in (data.train_images, data.test_images)]
+
+
+@torch.no_grad()
+def settled(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation) -> Encoder:
+    """Give an untrained encoder's BatchNorms this data's statistics: without, its features make a weaker baseline."""
+    encoder.train()
+    for t in range(50):
+        index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
+        params = sample_patches(64, 4, images.shape[2:], augmentation, generator(config.seed, "settle patches", t))
+        encoder(cut(images, index, params, config.patch_size, torch.device(config.device)))
+    return encoder
+
+
+def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> dict:
+    """kNN accuracy inside the training set, up to 1,000 fixed images against 5,000 others: a cheap sign of progress."""
+    order = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))
+    queries = min(1000, len(order) // 6)
+    if data.train_labels is None or queries == 0:
+        return {}
+    rows = order[:6 * queries]
+    h = embed(encoder, data.train_images[rows.to(data.train_images.device)], min(4, config.eval_patches), augmentation,
+              config.seed, config.precision)
+    y = data.train_labels[rows]
+    return {"holdout_knn_top1": knn_probe(h[queries:], y[queries:], h[:queries], y[:queries])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def settings(config: Config) -> Config:
+    """Resolve what is `auto` or left to the preset, and refuse what cannot work."""
+    config.device = io.pick_device(config.device)
+    if config.preset == "auto":
+        config.preset = "laptop" if config.device == "cpu" else "paper"
+    if config.precision == "auto":
+        config.precision = "bf16" if io.fast_bf16(config.device) else "float32"
+    if config.eval_only and not config.checkpoint:
+        raise UsageError("--eval-only needs an encoder to probe; name one with --checkpoint runs/<name>/encoder.pt.")
+    if config.checkpoint:
+        if not (config.eval_only or config.export_features):
+            raise UsageError("--checkpoint goes with --eval-only or --export-features; add the one you want.")
+        for name, value in io.load_checkpoint(config.checkpoint)["architecture"].items():
+            if getattr(config, name) not in (None, value):
+                raise UsageError(f"{config.checkpoint} has another architecture, its {name} is {value} and not "
+                                 f"{getattr(config, name)}; leave --{name.replace('_', '-')} out.")
+            setattr(config, name, value)
+    for name, value in PRESETS[config.preset].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    for name, least in dict(patches=2, batch=1, epochs=1, patch_size=1, hidden=1, dim=1, eval_patches=1).items():
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
+    for name in ("lr", "eps2"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UsageError(f"--{name} is {getattr(config, name)}; it must be a positive number.")
+    if config.export_features and not Path(config.export_features).absolute().parent.is_dir():
+        raise UsageError(f"--export-features {config.export_features} is in no folder that exists; make it first.")
+    return config
+
+
+def new_encoder(config: Config) -> Encoder:
+    torch.manual_seed(config.seed)
+    encoder = Encoder(config.backbone, config.patch_size, config.hidden, config.dim)
+    return encoder.to(config.device, memory_format=torch.channels_last)
+
+
+def run(config: Config) -> dict:
+    """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record."""
+    config = settings(config)
+    data = load_dataset(config.dataset, config.data_dir, config.image_size, config.subset, config.seed)
+    N, _, H, W = data.train_images.shape
+    if config.patch_size is None:
+        # The paper resizes a patch to its image's size; Tiny ImageNet's patches (our recipe) and a CPU's stay small.
+        small = 16 if config.preset == "laptop" else 32 if config.dataset == "tinyimagenet" else 224
+        config.patch_size = min(small, H, W)
+    if config.patch_size > min(H, W):
+        raise UsageError(f"--patch-size {config.patch_size} makes a crop larger than the {H}x{W} images; lower it.")
+    training = not config.checkpoint
+    if training and config.batch > N:
+        raise UsageError(f"--batch {config.batch} is larger than the data set's {N} training images; lower it.")
+    augmentation = Augmentation(ratio=(1, 1) if max(H, W) <= 64 else (3 / 4, 4 / 3))
+    at_eval = augmentation if config.preset == "paper" else Augmentation.none()
+    data = io.to_device(data, config.device)
+    encoder = new_encoder(config)
+    if config.checkpoint:
+        io.load_weights(encoder, config.checkpoint)
+    if config.export_features and not config.eval_only and config.checkpoint:
+        return export(features(encoder, data, config, at_eval), data, config)
+
+    folder = io.RunFolder(config.name or io.default_name(config.dataset), asdict(config))
+    record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
+    if training:
+        steps = N // config.batch * config.epochs
+        print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
+              f"{steps * config.batch * config.patches:,} patches of {config.patch_size}x{config.patch_size} to come")
+
+        def after_epoch(epoch):
+            io.save_encoder(folder.path / "encoder.pt", encoder)
+            return holdout_knn(encoder, data, config, at_eval)
+        record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch)
+    started = time.perf_counter()
+    h = features(encoder, data, config, at_eval)
+    if config.export_features:
+        export(h, data, config)
+    if data.test_labels is None:
+        print("These images have no labels: encoder and features are saved, and there is nothing to probe.")
+        io.save_features(folder.path / "features.npz", train_features=h[0].half(), files=data.files)
+    else:
+        io.save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
+        record |= probe(h, data, config, at_eval)
+        print(f"linear probe {record['linear_top1']:.4f} (top-5 {record['linear_top5']:.4f}), kNN {record['knn_top1']:.4f};"
+              f" linear probe of raw pixels {record['raw_pixels_top1']:.4f}, of the untrained encoder "
+              f"{record['untrained_top1']:.4f}")
+    record |= {"probe_seconds": time.perf_counter() - started, "device": io.describe_device(config.device)}
+    folder.log(record)
+    print(f"written to {folder.path}; to draw it: python report.py {folder.path}")
+    return record
+
+
+def export(h: list[Tensor | None], data: io.Dataset, config: Config) -> dict:
+    io.save_features(config.export_features, train_features=h[0], train_labels=data.train_labels, files=data.files,
+                     test_features=h[1], test_labels=data.test_labels, classes=data.classes or None)
+    print(f"features of {len(h[0]):,} training images written to {config.export_features}")
+    return {}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line: returns the run's last record, or exits with code 2 and one sentence on a user's mistake."""
+    try:
+        return run(io.parse_flags(Config, argv, "Train EMP-SSL on images without labels, then probe its features."))
+    except UsageError as error:
+        io.stop(error, 2)
+    except torch.OutOfMemoryError:
+        io.stop("The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
+    except FloatingPointError as error:
+        io.stop(error, 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        io.stop(f"The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
+
+
+if __name__ == "__main__":
+    main()

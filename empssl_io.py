@@ -1,0 +1,457 @@
+"""The plumbing of EMP-SSL: data sets and their caches, run folders, saved encoders. Nothing of the method is here.
+
+A data set is uint8 images `(N, 3, H, W)` and int64 labels `(N,)`, for training and test; labels are None where there
+are none. Everything a user can get wrong raises `UsageError`, one sentence that says what to do.
+"""
+
+import argparse
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+RUNS = Path("runs")                 # one folder a run, and `.cache` for decoded images and baseline figures
+CACHE = RUNS / ".cache"
+DATASETS = ("cifar10", "cifar100", "tinyimagenet", "imagenet100", "imagefolder", "shapes")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+
+
+class UsageError(ValueError):
+    """A mistake in arguments or data: shown as one sentence, exit code 2."""
+
+
+class Dataset(NamedTuple):
+    train_images: Tensor            # (N, 3, H, W) uint8, in memory or memory-mapped
+    train_labels: Tensor | None     # (N,) int64
+    test_images: Tensor | None      # (M, 3, H, W) uint8
+    test_labels: Tensor | None      # (M,) int64
+    classes: list[str]              # empty where there are no labels
+    key: str                        # changes when any image does; names what is cached about the set
+    files: list[str] | None = None  # of an image folder: the training images' paths, in order
+
+
+def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | None = None, subset: int | None = None,
+                 seed: int = 0) -> Dataset:
+    """Load a data set: `cifar10`, `cifar100`, `tinyimagenet`, `imagenet100`, `imagefolder` or `shapes`.
+
+    `data_dir`: where CIFAR is, or is downloaded to; for folders, the folder itself (`train/<class>/...` with
+    `test/<class>/...` or `val/<class>/...`, or plain unlabelled images).
+    `image_size`: folders only; the shorter side is resized to it and the centre cut out. Default: the first image's
+    shorter side, at most 224 (64 for `tinyimagenet`, 224 for `imagenet100`).
+    `subset`: keep this many training images, chosen by `seed`; the test split stays whole.
+    Raises `UsageError` for an unknown name, missing or empty folders, a class that only the test split has, more than
+    1 % unreadable images, and a download that fails.
+    """
+    data_dir = Path(data_dir)
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"--image-size is {image_size}; it must be at least 1 pixel.")
+    if image_size is not None and name in ("cifar10", "cifar100", "shapes"):
+        raise UsageError(f"{name} images are always 32x32; --image-size is for image folders.")
+    if name in ("cifar10", "cifar100"):
+        data = _cifar(name, data_dir)
+    elif name == "shapes":
+        data = _shapes()
+    elif name == "tinyimagenet":
+        data = _tinyimagenet(data_dir, image_size or 64)
+    elif name == "imagenet100":
+        data = _imagefolder(data_dir, image_size or 224)
+    elif name == "imagefolder":
+        data = _imagefolder(data_dir, image_size)
+    else:
+        raise UsageError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
+    if subset is None:
+        return data
+    N = len(data.train_images)
+    if not 1 <= subset <= N:
+        raise UsageError(f"--subset is {subset}; it must lie between 1 and the {N} training images.")
+    keep = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:subset].sort().values
+    return data._replace(
+        train_images=data.train_images[keep],
+        train_labels=None if data.train_labels is None else data.train_labels[keep],
+        files=None if data.files is None else [data.files[i] for i in keep.tolist()],
+        key=f"{data.key}-{subset}-{seed}")
+
+
+# ---- CIFAR ----
+
+def _cifar(name: str, data_dir: Path) -> Dataset:
+    cls, archive = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
+                    "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
+    try:
+        train, test = (cls(str(data_dir), train=part, download=True) for part in (True, False))
+    except OSError as error:                                    # URLError, connection refused, time-out, full disk
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"{name} is not in {data_dir} and could not be downloaded ({error}); put {archive} into "
+                         f"{data_dir} by hand, or try --dataset shapes, which needs no network.") from None
+    except RuntimeError as error:                               # torchvision: checksum differs
+        raise UsageError(f"{name} in {data_dir} is damaged ({error}); delete {data_dir / archive} and try again, "
+                         f"or put a good copy there by hand.") from None
+    as_tensor = lambda part: torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+    return Dataset(as_tensor(train), torch.tensor(train.targets), as_tensor(test), torch.tensor(test.targets),
+                   list(train.classes), key=name)
+
+
+# ---- folders of images ----
+
+def _walk(folder: Path) -> list[Path]:
+    """Every image file below `folder`, sorted; linked folders are followed, each real folder once."""
+    found, seen = [], set()
+    for root, dirs, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            dirs.clear()
+            continue
+        seen.add(real)
+        dirs[:] = [d for d in dirs if not d.startswith(".")]
+        found += [Path(root, f) for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith(".")]
+    return sorted(found)
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    classes = {d.name: _walk(d) for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")}
+    return {name: files for name, files in classes.items() if files}
+
+
+def _need_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}; give --data-dir the folder that holds the images.")
+
+
+def _imagefolder(folder: Path, image_size: int | None) -> Dataset:
+    _need_folder(folder)
+    test_folder = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
+    train = _by_class(folder / "train") if (folder / "train").is_dir() and test_folder else {}
+    if not train:                                               # no labelled split: all images, without labels
+        return _decode(folder, {"": _walk(folder)}, None, image_size)
+    return _decode(folder, train, _by_class(test_folder), image_size)
+
+
+def _tinyimagenet(folder: Path, image_size: int) -> Dataset:
+    """`train/<class>/images/*.JPEG`, and `val/images/*.JPEG` labelled by `val/val_annotations.txt`."""
+    if (folder / "tiny-imagenet-200").is_dir():
+        folder = folder / "tiny-imagenet-200"
+    _need_folder(folder)
+    annotations = folder / "val" / "val_annotations.txt"
+    if not annotations.is_file() or not (folder / "train").is_dir():
+        raise UsageError(f"{folder} does not look like Tiny ImageNet: it needs train/ and val/val_annotations.txt; "
+                         f"unpack tiny-imagenet-200.zip and give its folder as --data-dir.")
+    test: dict[str, list[Path]] = {}
+    for line in annotations.read_text().splitlines():
+        file, label = line.split("\t")[:2]
+        test.setdefault(label, []).append(folder / "val" / "images" / file)
+    return _decode(folder, _by_class(folder / "train"), test, image_size)
+
+
+def _decode(folder: Path, train: dict[str, list[Path]], test: dict[str, list[Path]] | None,
+            image_size: int | None) -> Dataset:
+    """Both splits as memory-mapped tensors: decoded once into a cache, which is dropped when a file changes."""
+    classes = sorted(train) if test is not None else []
+    if test is not None:
+        only_test = sorted(set(test) - set(train))
+        if only_test:
+            raise UsageError(f"Class {only_test[0]!r} is in the test split of {folder} and not in train/; "
+                             f"add training images of it or remove it from the test split.")
+        if not test:
+            raise UsageError(f"The test split of {folder} holds no images; "
+                             f"put them into test/<class>/, or remove the empty folder to train without labels.")
+    splits = [[(file, label) for label, files in split.items() for file in files] for split in (train, test or {})]
+    if not splits[0]:
+        raise UsageError(f"There are no images in {folder}; "
+                         f"known endings are {', '.join(sorted(IMAGE_SUFFIXES))}.")
+    size = image_size or min(224, _first_side([file for file, _ in splits[0]]))
+    key = _fingerprint(folder, [file for split in splits for file, _ in split], size)
+    cache = CACHE / f"{re.sub(r'[^A-Za-z0-9]+', '-', folder.resolve().name)}-{size}-{key[:16]}"
+    if not (cache / "meta.json").is_file():
+        _fill_cache(cache, splits, size)
+    try:
+        meta = json.loads((cache / "meta.json").read_text())
+        images = [torch.from_file(str(cache / f"{part}.u8"), size=len(rows) * 3 * size * size, dtype=torch.uint8)
+                  .view(-1, 3, size, size) if rows else None
+                  for part, rows in (("train", meta["train"]), ("test", meta["test"]))]
+    except (OSError, RuntimeError, ValueError, KeyError):
+        shutil.rmtree(cache, ignore_errors=True)                # cut short or damaged: decode again
+        return _decode(folder, train, test, image_size)
+    labels = [torch.tensor([classes.index(splits[i][row][1]) for row in meta[part]]) if classes else None
+              for i, part in enumerate(("train", "test"))]
+    files = [str(splits[0][row][0]) for row in meta["train"]]
+    return Dataset(images[0], labels[0], images[1], labels[1], classes, key=key, files=files)
+
+
+def _first_side(files: list[Path]) -> int:
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                return min(image.size)
+        except Exception:                                       # unreadable: counted and named when decoding
+            continue
+    raise UsageError(f"None of the {len(files)} image files can be read, for instance {files[0]}.")
+
+
+def _fingerprint(folder: Path, files: list[Path], size: int) -> str:
+    state = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    return hashlib.sha256(json.dumps([str(folder.resolve()), size, state]).encode()).hexdigest()
+
+
+def _read_image(file: Path, size: int) -> np.ndarray | Exception:
+    """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
+    try:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+        scale = size / min(image.size)
+        if scale != 1:
+            image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    except Exception as error:
+        return error
+
+
+def _fill_cache(cache: Path, splits: list, size: int) -> None:
+    """Write `train.u8`, `test.u8` and, last, `meta.json` (the rows that could be read), all or nothing."""
+    files = [file for split in splits for file, _ in split]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    for old in cache.parent.glob(cache.name.rsplit("-", 1)[0] + "-*"):      # the same folder before it changed
+        shutil.rmtree(old, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache.parent, prefix=".decoding-"))
+    bad, meta = [], {}
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, \
+                tqdm(total=len(files), desc="decoding images", unit="image", smoothing=0.1) as bar:
+            for part, split in zip(("train", "test"), splits):
+                meta[part] = []
+                with open(scratch / f"{part}.u8", "wb") as out:
+                    for start in range(0, len(split), 1024):    # a block at a time bounds what waits in memory
+                        block = split[start:start + 1024]
+                        for i, pixels in enumerate(pool.map(lambda row: _read_image(row[0], size), block)):
+                            if isinstance(pixels, Exception):
+                                bad.append((block[i][0], pixels))
+                                tqdm.write(f"skipped, cannot be read: {block[i][0]} ({pixels})")
+                            else:
+                                meta[part].append(start + i)
+                                out.write(pixels.tobytes())
+                        bar.update(len(block))
+                        if len(bad) > 0.01 * len(files):
+                            raise UsageError(f"{len(bad)} of {len(files)} images cannot be read, more than 1 %, "
+                                             f"the first is {bad[0][0]}; remove or mend them.")
+        if bad:
+            print(f"{len(bad)} of {len(files)} images could not be read and were skipped.")
+        (scratch / "meta.json").write_text(json.dumps(meta))
+        os.replace(scratch, cache)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# ---- shapes drawn in memory ----
+
+SHAPES = ("disc", "ring", "triangle", "square", "cross", "star", "crescent", "bar", "half-disc", "frame")
+
+
+@functools.cache
+def _shapes(train: int = 10_000, test: int = 2_000, size: int = 32) -> Dataset:
+    """Ten outlines; colour, texture, place, size, angle and background are random, so raw pixels say little."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(train + test) % len(SHAPES)
+    labels[:train] = labels[:train][torch.randperm(train, generator=g)]
+    images = torch.cat([_draw(part, size, g) for part in labels.split(1000)])
+    return Dataset(images[:train], labels[:train], images[train:], labels[train:], list(SHAPES), key="shapes-1")
+
+
+def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
+    """`(N, 3, size, size)` uint8 for `labels (N,)`, drawn at twice the size and averaged down."""
+    N, side = len(labels), 2 * size
+    rand = lambda lo, hi, *shape: lo + (hi - lo) * torch.rand(N, *shape, 1, 1, generator=g)
+    grid = (torch.arange(side) + 0.5) / side * 2 - 1
+    y, x = grid.view(1, -1, 1), grid.view(1, 1, -1)
+    angle, radius = rand(0, 2 * math.pi), rand(0.4, 0.75)
+    dy, dx = y - rand(-1, 1) * (1 - radius), x - rand(-1, 1) * (1 - radius)
+    u = (dx * angle.cos() + dy * angle.sin()) / radius              # the shape's own frame, it fills |u|, |v| <= 1
+    v = (dy * angle.cos() - dx * angle.sin()) / radius
+    r, theta = (u * u + v * v).sqrt(), torch.atan2(v, u)
+    box = torch.maximum(u.abs(), v.abs())
+    fold = lambda k: torch.remainder(theta, 2 * math.pi / k) - math.pi / k
+    inside = torch.stack([
+        r < 0.9,
+        (r < 0.95) & (r > 0.6),
+        r * fold(3).cos() < 0.5,
+        box < 0.75,
+        (box < 0.95) & (torch.minimum(u.abs(), v.abs()) < 0.25),
+        r < 0.38 + 0.62 * fold(5).abs() * 5 / math.pi,
+        (r < 0.95) & ((u - 0.5) ** 2 + v * v > 0.56),
+        (u.abs() < 1) & (v.abs() < 0.25),
+        (r < 1) & (u > 0),
+        (box < 0.8) & (box > 0.5),
+    ])[labels, torch.arange(N)]                                     # (N, side, side)
+
+    def texture() -> Tensor:                                        # a colour, its stripes, and grain: (N, 3, ., .)
+        direction, frequency, phase = rand(0, math.pi), rand(2, 12), rand(0, 2 * math.pi)
+        stripes = torch.sin((x * direction.cos() + y * direction.sin()) * frequency * math.pi + phase).unsqueeze(1)
+        grain = torch.randn(N, 1, side, side, generator=g) * rand(0, 0.12, 1)
+        return rand(0, 1, 3) + stripes * rand(0, 0.25, 1) * rand(-1, 1, 3) + grain
+    ground, figure = texture(), texture()
+    contrast = figure.mean((2, 3), keepdim=True) - ground.mean((2, 3), keepdim=True)
+    figure = figure + torch.where(contrast.mean(1, keepdim=True) < 0, -0.2, 0.2)       # never quite the background
+    pixels = torch.where(inside.unsqueeze(1), figure, ground).clamp(0, 1)
+    return torch.nn.functional.avg_pool2d(pixels, 2).mul(255).round().to(torch.uint8)
+
+
+# ---- run folders ----
+
+class RunFolder:
+    """`runs/<name>/`: `config.json`, `metrics.jsonl` (a JSON object a line), `encoder.pt`, `test_features.npz`."""
+
+    def __init__(self, name: str, config: dict):
+        if not re.fullmatch(r"\w[\w.=+-]*", name):
+            raise UsageError(f"--name {name!r} is no plain folder name; use letters, digits and -._=+ only.")
+        self.path = RUNS / name
+        if (self.path / "config.json").exists():
+            raise UsageError(f"{self.path} holds a run already; choose another --name or remove it.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
+
+    def log(self, record: dict) -> None:
+        with open(self.path / "metrics.jsonl", "a") as out:
+            out.write(json.dumps(record) + "\n")
+
+
+def save_atomically(path: Path, write) -> None:
+    """Call `write(file)` on a temporary file beside `path`, flush it to disk, then put it in `path`'s place."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def save_encoder(path: Path, encoder: torch.nn.Module) -> None:
+    """Plain tensors and numbers, so that `torch.load(path, weights_only=True)` reads it."""
+    weights = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
+    content = {"architecture": encoder.architecture, "weights": weights}
+    save_atomically(path, lambda out: torch.save(content, out))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """What `save_encoder` wrote. Raises `UsageError` where `path` is something else; runs no code from the file."""
+    if not Path(path).is_file():
+        raise UsageError(f"There is no checkpoint {path}; give --checkpoint the encoder.pt of a run.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"architecture", "weights"} <= content.keys():
+            raise ValueError
+    except Exception:                                           # random bytes, a pickle with code, another program's
+        raise UsageError(f"{path} is no encoder that this program saved; "
+                         f"give --checkpoint the encoder.pt of a run.") from None
+    return content
+
+
+def load_weights(encoder: torch.nn.Module, path: str | Path) -> None:
+    try:
+        encoder.load_state_dict(load_checkpoint(path)["weights"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} has weights of another architecture than it says "
+                         f"({str(error).splitlines()[-1].strip()}); give the encoder.pt of a run.") from None
+
+
+def save_features(path: Path, **arrays) -> None:
+    """Write tensors or lists as an uncompressed `.npz`; whole or not at all."""
+    arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()
+              if v is not None}
+    save_atomically(path, lambda out: np.savez(out, **arrays))
+
+
+def remembered(key: str, compute) -> dict:
+    """`compute()`, a dict of numbers, remembered on disk under `key`."""
+    path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        value = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(path, lambda out: out.write(json.dumps(value).encode()))
+        return value
+
+
+def default_name(dataset: str) -> str:
+    return f"{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+# ---- the machine and the command line ----
+
+def pick_device(wanted: str) -> str:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:                                  # torch raises many kinds for a device it lacks
+        raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from None
+    return device
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere autocast would only slow the encoder down."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return device == "cpu" and bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def describe_device(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{device} ({name}, {torch.get_num_threads()} threads)"
+
+
+def to_device(data: Dataset, device: str) -> Dataset:
+    """The images on `device` where they take less than half of its free memory, else left where they are."""
+    if not device.startswith("cuda"):
+        return data
+    room = torch.cuda.mem_get_info(device)[0] / 2
+    images = [data.train_images, data.test_images]
+    if sum(x.numel() for x in images if x is not None) > room:
+        return data
+    train, test = (None if x is None else x.to(device) for x in images)
+    return data._replace(train_images=train, test_images=test)
+
+
+def human_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def parse_flags(config: type, argv: list[str] | None, description: str):
+    """A flag for each field of the dataclass `config`; returns an instance."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(config):
+        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
+        parser.add_argument("--" + f.name.replace("_", "-"), **how, **f.metadata)
+    return config(**vars(parser.parse_args(argv)))
+
+
+def stop(reason, code: int) -> None:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(code)

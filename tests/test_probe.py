@@ -1,0 +1,115 @@
+"""Embedding and probes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from empssl import Augmentation, Encoder, K, embed, extract_patches, generator, knn_probe, linear_probe, sample_patches
+
+
+def blobs(N, classes=10, d=20, spread=0.3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(classes, d, generator=torch.Generator().manual_seed(99)), dim=1)
+    y = torch.arange(N) % classes
+    return centres[y] + spread * torch.randn(N, d, generator=g) / d ** 0.5, y
+
+
+def test_separable_data_is_separated():
+    train, test = blobs(500, seed=1), blobs(300, seed=2)
+    top1, top5 = linear_probe(*train, *test)
+    assert top1 > 0.97 and top5 >= top1
+    assert knn_probe(*train, *test) > 0.97
+
+
+def test_random_labels_give_chance():
+    (x, _), (u, _) = blobs(500, spread=3, seed=1), blobs(2000, spread=3, seed=2)
+    y, v = torch.randint(10, (500,)), torch.randint(10, (2000,))
+    top1, top5 = linear_probe(x, y, u, v, epochs=20)
+    assert 0.06 < top1 < 0.14 and 0.42 < top5 < 0.58
+    assert 0.06 < knn_probe(x, y, u, v) < 0.14
+
+
+def test_the_last_epoch_is_the_result_and_the_seed_repeats_it():
+    train, test = blobs(333, spread=2, seed=1), blobs(300, spread=2, seed=2)
+    assert linear_probe(*train, *test, epochs=3) == linear_probe(*train, *test, epochs=3)
+
+
+def test_the_probe_follows_the_official_recipe():
+    """The same SGD written out by hand, last partial batch included, gives the same accuracy."""
+    (x, y), (u, v) = blobs(250, spread=2.5, seed=1), blobs(400, spread=2.5, seed=2)
+    epochs, W = 4, None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(20, 10)
+    W, c = layer.weight.detach().clone(), layer.bias.detach().clone()
+    mW, mc = torch.zeros_like(W), torch.zeros_like(c)
+    for epoch in range(epochs):
+        lr = 0.03 / 2 * (1 + torch.cos(torch.tensor(torch.pi * epoch / epochs)))
+        for index in torch.randperm(250, generator=generator(0, "probe", epoch)).split(100):
+            error = (torch.softmax(x[index] @ W.T + c, 1) - F.one_hot(y[index], 10)) / len(index)
+            mW = 0.9 * mW + error.T @ x[index] + 5e-5 * W
+            mc = 0.9 * mc + error.sum(0) + 5e-5 * c
+            W, c = W - lr * mW, c - lr * mc
+    logits = u @ W.T + c
+    top1, top5 = linear_probe(x, y, u, v, epochs=epochs)
+    assert 0.15 < top1 < 0.95
+    assert top1 == pytest.approx((logits.argmax(1) == v).float().mean().item(), abs=0.0026)     # a tie may turn
+    assert top5 == pytest.approx((logits.topk(5).indices == v[:, None]).any(1).float().mean().item(), abs=0.0026)
+
+
+def test_knn_by_hand():
+    """Two near votes for class 1 outweigh three far votes for class 0 by their exponential weights."""
+    angle = torch.tensor([0.1, -0.1, 1.2, 1.3, -1.2])
+    train = 3 * torch.stack([angle.cos(), angle.sin()], 1)
+    y = torch.tensor([1, 1, 0, 0, 0])
+    query = torch.tensor([[5.0, 0.0]])
+    assert knn_probe(train, y, query, torch.tensor([1])) == 1
+    assert knn_probe(train, y, query, torch.tensor([0])) == 0
+    assert knn_probe(train, y, query, torch.tensor([0]), temperature=1e3) == 1          # unweighted, three beat two
+    assert knn_probe(train, y, query, torch.tensor([1]), k=2, temperature=1e3) == 1
+
+
+@pytest.fixture
+def encoder():
+    encoder = Encoder("small", 16, hidden=12, dim=8)
+    encoder(torch.randn(64, 3, 16, 16))                             # BatchNorm statistics of some kind
+    return encoder
+
+
+def test_embed_averages_the_representation_of_an_images_patches(encoder):
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    h = embed(encoder, images, patches=5, augmentation=Augmentation(), seed=3)
+    assert h.shape == (7, 12) and h.dtype == torch.float32 and not encoder.training
+    params = sample_patches(7, 5, (32, 32), Augmentation(), generator(3, "embed", 0))
+    x = extract_patches(images, torch.arange(7), params, 16)
+    with torch.no_grad():
+        expected = torch.stack([encoder.representation(x[j::7]).mean(0) for j in range(7)])
+    torch.testing.assert_close(h, expected)
+
+
+def test_embed_keeps_the_order_of_many_images(encoder):
+    images = torch.randint(0, 256, (1100, 1, 1, 1), dtype=torch.uint8).expand(-1, 3, 16, 16)       # more than a batch
+    h = embed(encoder, images, patches=2)
+    torch.testing.assert_close(h[700:], embed(encoder, images[700:], patches=2), atol=1e-5, rtol=1e-5)
+
+
+def test_encoder_shapes_and_unit_rows():
+    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 256)):
+        encoder = Encoder(backbone, s, hidden=24, dim=6)
+        x = torch.randn(4, 3, s, s)
+        assert encoder.backbone(x).shape == (4, width) and encoder.representation(x).shape == (4, 24)
+        torch.testing.assert_close(encoder(x).norm(dim=1), torch.ones(4))
+    assert encoder.architecture == dict(backbone="small", patch_size=16, hidden=24, dim=6)
+
+
+def test_the_papers_network():
+    encoder = Encoder()
+    assert encoder.backbone(torch.randn(2, 3, 32, 32)).shape == (2, 512)
+    assert encoder.backbone.layer4[1].conv2.weight.shape == (512, 512, 3, 3)
+    assert encoder.backbone.conv1.weight.shape == (64, 3, 3, 3) and encoder.backbone.conv1.stride == (1, 1)
+    shapes = [tuple(p.shape) for m in (encoder.represent, encoder.project) for p in m.parameters() if p.ndim == 2]
+    assert shapes == [(4096, 512), (4096, 4096), (1024, 4096)]
+    assert Encoder(patch_size=224).backbone.conv1.weight.shape == (64, 3, 7, 7)
+    with pytest.raises(ValueError, match="resnet18"):
+        Encoder("vgg")
+    assert K == 13
