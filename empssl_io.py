@@ -15,6 +15,8 @@ import os
 import platform
 import re
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -96,6 +98,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
 def _cifar(name: str, data_dir: Path) -> Dataset:
     cls, archive = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
                     "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz")}[name]
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)                                # a network that swallows packets must not hang a run
     try:
         train, test = (cls(str(data_dir), train=part, download=True) for part in (True, False))
     except OSError as error:                                    # URLError, connection refused, time-out, full disk
@@ -106,6 +110,8 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     except RuntimeError as error:                               # torchvision: checksum differs
         raise UsageError(f"{name} in {data_dir} is damaged ({error}); delete {data_dir / archive} and try again, "
                          f"or put a good copy there by hand.") from None
+    finally:
+        socket.setdefaulttimeout(patience)
     as_tensor = lambda part: torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
     return Dataset(as_tensor(train), torch.tensor(train.targets), as_tensor(test), torch.tensor(test.targets),
                    list(train.classes), key=name)
@@ -423,6 +429,20 @@ def describe_device(device: str) -> str:
         return torch.cuda.get_device_name(device)
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.processor() or platform.machine()
     return f"{device} ({name}, {torch.get_num_threads()} threads)"
+
+
+def provenance(device: str) -> dict:
+    """What a figure needs beside it to be trusted and repeated."""
+    here = Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:                                             # no git on this machine
+        commit = ""
+    return {"command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]), "commit": commit or "unknown",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__},
+            "hardware": describe_device(device), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 def to_device(data: Dataset, device: str) -> Dataset:

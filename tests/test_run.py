@@ -194,6 +194,7 @@ def test_presets_are_defaults_that_any_flag_overrides(monkeypatch):
     assert (paper.patches, paper.batch, paper.lr, paper.backbone, paper.hidden, paper.dim, paper.eval_patches,
             paper.patch_size, paper.lam, paper.eps2, paper.epochs) == (20, 50, 0.3, "resnet18", 4096, 1024, 128, 32, 200,
                                                                        0.2, 1)
+    assert (paper.augmentation, paper.eval_augmentation) == ("paper", "train")
     auto = settings_of("--lr", "1", "--name", "b")
     assert auto.preset == "laptop" and auto.patch_size == 16 and auto.backbone == "small" and auto.lr == 1
 

@@ -1,0 +1,152 @@
+"""Pictures and tables, drawn from what runs wrote. Nothing of the method is here.
+
+    python report.py runs/<name>             draw the run, into its folder:
+                                             patches.png  images beside patches that training cut from them
+                                             curves.png   R, D and holdout accuracy against steps
+                                             tsne.png     test features in the plane, coloured by class
+    python report.py --record runs/<name>    keep the run's figures and where they come from as results/<name>.json
+    python report.py --readme                write README.md's tables anew from results/
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import empssl
+import empssl_io as io
+
+
+def draw_patches(plt, config: dict, data: io.Dataset, path: Path, rows: int = 6, columns: int = 12) -> None:
+    images = data.train_images[torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:rows]]
+    rows, _, H, W = images.shape
+    augmentation, _ = empssl.augmentations(empssl.Config(augmentation=config["augmentation"]), H, W)
+    params = empssl.sample_patches(rows, columns, (H, W), augmentation, empssl.generator(0, "report", 0))
+    x = empssl.extract_patches(images, torch.arange(rows), params, config["patch_size"])
+    x = ((x + 1) / 2).clamp(0, 1).view(columns, rows, *x.shape[1:]).permute(1, 0, 3, 4, 2)
+    figure, axes = plt.subplots(rows, columns + 1, figsize=(columns + 1, rows), squeeze=False,
+                                gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for row in range(rows):
+        for column, ax in enumerate(axes[row]):
+            ax.imshow(images[row].permute(1, 2, 0) if column == 0 else x[row, column - 1])
+            ax.axis("off")
+    axes[0][0].set_title("image")
+    axes[0][1].set_title(f"patches, {config['patch_size']}x{config['patch_size']}", loc="left")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def draw_curves(plt, records: list[dict], path: Path) -> None:
+    steps = [r for r in records if "R" in r and "step" in r]
+    epochs = [r for r in records if "holdout_knn_top1" in r]
+    last = records[-1]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    for ax, key, title in ((axes[0], "R", "R, coding rate (nats)"), (axes[1], "D", "D, invariance")):
+        ax.plot([r["step"] for r in steps], [r[key] for r in steps])
+        ax.set(title=title, xlabel="step")
+    axes[2].plot([r["step"] for r in epochs], [r["holdout_knn_top1"] for r in epochs], "o-", label="kNN, training holdout")
+    for key, label, style in (("linear_top1", "linear", "-"), ("knn_top1", "kNN", "-."), ("untrained_top1", "untrained", "--"),
+                              ("raw_pixels_top1", "raw pixels", ":")):
+        if key in last:
+            axes[2].axhline(last[key], color="grey", linestyle=style, label=f"{label} {last[key]:.3f} (test)")
+    axes[2].set(title="top-1 accuracy", xlabel="step", ylim=(0, 1))
+    axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_tsne(plt, run: Path, data: io.Dataset, path: Path, most: int = 2000) -> None:
+    from sklearn.manifold import TSNE
+
+    saved = np.load(run / "test_features.npz")
+    chosen = np.random.default_rng(0).permutation(len(saved["test_labels"]))[:most]
+    features, labels = saved["test_features"][chosen].astype(np.float32), saved["test_labels"][chosen]
+    features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-8
+    xy = TSNE(random_state=0, perplexity=min(30, (len(chosen) - 1) / 3), init="pca").fit_transform(features)
+    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(data.classes) <= 10 else "gist_rainbow", max(10, len(data.classes)))
+    for c, name in enumerate(data.classes):
+        ax.scatter(*xy[labels == c].T, s=5, color=colours(c), label=name)
+    if len(data.classes) <= 20:
+        ax.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set(title=f"t-SNE of {len(chosen)} test images' features", xticks=[], yticks=[])
+    figure.savefig(path, dpi=120)
+
+
+# ---- records and the README's tables ----
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+
+
+def read_run(run: Path) -> tuple[dict, list[dict]]:
+    try:
+        config = json.loads((run / "config.json").read_text())
+        return config, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        io.stop(f"{run} is no run's folder; give one, for instance: python report.py runs/demo", 2)
+
+
+def keep_record(run: Path) -> None:
+    config, records = read_run(run)
+    if "linear_top1" not in records[-1]:
+        io.stop(f"{run} has not been probed to its end; there is nothing to keep.", 2)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{run.name}.json"
+    path.write_text(json.dumps({"name": run.name} | config | {"metrics": records[-1]}, indent=1) + "\n")
+    print(f"kept as {path}")
+
+
+def runs_table() -> str:
+    rows = ["| data | preset | epochs | patches seen | training | linear | kNN | untrained | raw pixels | hardware | seed | record |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        r = json.loads(path.read_text())
+        m, data = r["metrics"], r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
+        rows.append(f"| {data} | {r['preset']} | {r['epochs']} | {m['patches_seen']:,} | "
+                    f"{m['train_seconds']:.0f} s | {m['linear_top1']:.3f} | {m['knn_top1']:.3f} | {m['untrained_top1']:.3f} | "
+                    f"{m['raw_pixels_top1']:.3f} | {r['hardware']} | {r['seed']} | [{path.stem}](results/{path.name}) |")
+    return "\n".join(rows)
+
+
+def readme_with_tables(text: str) -> str:
+    before, after = "<!-- runs: written by report.py --readme -->\n", "\n<!-- end of runs -->"
+    head, rest = text.split(before)
+    return head + before + runs_table() + after + rest.split(after)[1]
+
+
+def main(argv: list[str]) -> None:
+    if argv == ["--readme"]:
+        README.write_text(readme_with_tables(README.read_text()))
+    elif len(argv) == 2 and argv[0] == "--record":
+        keep_record(Path(argv[1]))
+    elif len(argv) == 1 and not argv[0].startswith("-"):
+        draw(Path(argv[0]))
+    else:
+        io.stop("give a run's folder, --record and a run's folder, or --readme.", 2)
+
+
+def draw(run: Path) -> None:
+    config, records = read_run(run)
+    try:
+        import matplotlib
+    except ImportError:
+        io.stop("drawing needs matplotlib and scikit-learn; install them with pip install -e '.[figures]'.", 2)
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    try:
+        data = io.load_dataset(config["dataset"], config["data_dir"], config["image_size"], config["subset"], config["seed"])
+    except io.UsageError as error:
+        io.stop(error, 2)
+    draw_patches(plt, config, data, run / "patches.png")
+    draw_curves(plt, records, run / "curves.png")
+    drawn = ["patches.png", "curves.png"]
+    if (run / "test_features.npz").is_file():
+        draw_tsne(plt, run, data, run / "tsne.png")
+        drawn.append("tsne.png")
+    print("drawn:", ", ".join(str(run / name) for name in drawn))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

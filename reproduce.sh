@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# bash reproduce.sh          set up, train, probe, draw: CIFAR-10 if it is there or can be downloaded, else shapes
+# bash reproduce.sh test     set up, run the tests
+# The Python in use serves as it is if it has all that is needed (then no network is needed either);
+# else .venv is made here, on top of that Python's torch and torchvision if it has them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+command=${1:-main}
+
+has() { "$PY" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))" "$@"; }
+
+setup() {                                           # setup EXTRAS MODULE...: leaves the Python to use in $PY
+    local extras=$1 site=
+    shift
+    PY=.venv/bin/python
+    [ -x "$PY" ] || PY=$(command -v "${PYTHON:-python3}") || { echo "error: there is no python3; install Python 3.10 or newer." >&2; exit 2; }
+    has torch torchvision tqdm "$@" && return
+    if [ "$PY" != .venv/bin/python ]; then
+        has torch torchvision && site=--system-site-packages
+        echo "making .venv with what is missing"
+        "$PY" -m venv $site .venv
+        PY=.venv/bin/python
+    fi
+    "$PY" -m pip install --quiet --editable ".[$extras]"
+}
+
+case $command in
+main)
+    setup figures matplotlib sklearn
+    if "$PY" -c "import empssl_io as io; io.load_dataset('cifar10')" 2> /dev/null; then
+        dataset=cifar10
+        echo "CIFAR-10 is at hand: training on it"
+    else
+        dataset=shapes
+        echo "CIFAR-10 is not in data/ and cannot be downloaded: training on shapes, drawn in memory"
+    fi
+    name=$dataset-$(date +%Y%m%d-%H%M%S)
+    "$PY" empssl.py --dataset "$dataset" --name "$name"
+    "$PY" report.py "runs/$name"
+    ;;
+test)
+    setup dev,figures pytest hypothesis matplotlib sklearn
+    "$PY" -m pytest
+    ;;
+*)
+    echo "error: there is no command '$command'; the commands are: (none), test." >&2
+    exit 2
+    ;;
+esac

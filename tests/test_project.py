@@ -1,0 +1,107 @@
+"""What the project says of itself: the README's commands and tables, its pictures, the file that is read."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import empssl
+import empssl_io as io
+import report
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip()]
+
+
+def test_the_readmes_commands_parse():
+    python = [shlex.split(c) for c in COMMANDS if c.startswith("python empssl.py")]
+    assert len(python) >= 4
+    for command in python:
+        config = io.parse_flags(empssl.Config, command[2:], "")
+        assert config.dataset in io.DATASETS
+    scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
+    assert scripts == ["bash reproduce.sh", "bash reproduce.sh test"]
+    known = re.findall(r"^(\w+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
+    assert set(known) == {"main", "test"}
+    assert all(c.split()[0] in ("python", "bash", "pip") for c in COMMANDS)
+
+
+def test_reproduce_refuses_an_unknown_command():
+    done = subprocess.run(["bash", ROOT / "reproduce.sh", "everything"], capture_output=True, text=True)
+    assert done.returncode == 2 and "everything" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_readmes_python_runs(in_tmp):
+    """The five lines that load an encoder, as printed."""
+    encoder = empssl.Encoder("small", 16, hidden=16, dim=8)
+    (in_tmp / "runs" / "photos").mkdir(parents=True)
+    io.save_encoder(in_tmp / "runs" / "photos" / "encoder.pt", encoder)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.splitlines()) == 5
+    names = {"images": io.load_dataset("shapes").test_images[:5]}
+    exec(code, names)
+    assert names["features"].shape == (5, 16)
+
+
+def test_the_readmes_tables_are_those_of_the_records():
+    assert report.readme_with_tables(README) == README
+
+
+def test_the_readmes_presets_are_the_codes():
+    for name, paper in empssl.PRESETS["paper"].items():
+        row = re.search(rf"^\| `--{name.replace('_', '-')}`[^|]*\| ([^|]*) \| ([^|]*) \|$", README, re.M)
+        assert row and row.group(1) == str(paper) and row.group(2) == str(empssl.PRESETS["laptop"][name]), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_each_record_says_where_it_comes_from(path):
+    record = json.loads(path.read_text())
+    assert record["command"].startswith("python empssl.py") and re.match(r"[0-9a-f]{40}", record["commit"])
+    for key in ("versions", "hardware", "seed", "metrics"):
+        assert key in record
+
+
+def test_the_file_that_is_read_stays_short():
+    assert len((ROOT / "empssl.py").read_text().splitlines()) <= 750
+
+
+def test_help_names_every_field():
+    done = subprocess.run([sys.executable, ROOT / "empssl.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in empssl.Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in done.stdout
+
+
+def test_pictures(in_tmp, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    from PIL import Image
+
+    empssl.main(["--dataset", "shapes", "--subset", "60", "--patches", "2", "--batch", "20", "--hidden", "16", "--dim", "8",
+                 "--eval-patches", "1", "--preset", "laptop", "--device", "cpu", "--name", "demo"])
+    report.main(["runs/demo"])
+    for name in ("patches", "curves", "tsne"):
+        with Image.open(f"runs/demo/{name}.png") as picture:
+            assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 20       # drawn on
+    with pytest.raises(SystemExit) as stop:
+        report.main(["runs/nothing"])
+    assert stop.value.code == 2 and "runs/nothing" in capsys.readouterr().err
+
+
+def test_a_kept_record_fills_the_table(in_tmp, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", in_tmp / "results")
+    run = in_tmp / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(dict(dataset="imagefolder", data_dir="data/birds", preset="laptop", epochs=1,
+                                                     hardware="abacus", seed=3)))
+    (run / "metrics.jsonl").write_text(json.dumps(dict(linear_top1=0.5, knn_top1=0.4, untrained_top1=0.3, raw_pixels_top1=0.2,
+                                                       patches_seen=1000, train_seconds=9.0)) + "\n")
+    report.main(["--record", str(run)])
+    row = report.runs_table().splitlines()[-1]
+    assert "birds" in row and "0.500" in row and "1,000" in row and "abacus" in row and "results/one.json" in row
