@@ -1,12 +1,9 @@
-import os
-
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)

@@ -127,7 +127,7 @@ def test_a_run_and_its_record():
     assert record["patches_seen"] == 2 * 60 * 3 and record["train_seconds"] > 0 and record["device"].startswith("cpu")
     assert [r["epoch"] for r in records("demo") if "holdout_knn_top1" in r] == [1, 2]
     config = json.loads((io.RUNS / "demo" / "config.json").read_text())
-    assert config["preset"] == "laptop" and config["patch_size"] == 16 and config["lr"] == 0.3
+    assert config["preset"] == "laptop" and config["patch_size"] == 16 and config["lr"] == 0.1
     saved = np.load(io.RUNS / "demo" / "test_features.npz")
     assert saved["test_features"].shape == (40, 16) and saved["test_labels"].shape == (40,)
 
