@@ -5,6 +5,7 @@ are none. Everything a user can get wrong raises `UsageError`, one sentence that
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -470,6 +471,23 @@ def parse_flags(config: type, argv: list[str] | None, description: str):
         how = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
         parser.add_argument("--" + f.name.replace("_", "-"), **how, **f.metadata)
     return config(**vars(parser.parse_args(argv)))
+
+
+@contextlib.contextmanager
+def mistakes_in_one_sentence():
+    """What a user can mend ends the program with one sentence and code 2, a loss that is not finite with code 1."""
+    try:
+        yield
+    except UsageError as error:
+        stop(error, 2)
+    except torch.OutOfMemoryError:
+        stop("The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
+    except FloatingPointError as error:
+        stop(error, 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        stop(f"The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
 
 
 def stop(reason, code: int) -> None:

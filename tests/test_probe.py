@@ -92,7 +92,7 @@ def test_embed_keeps_the_order_of_many_images(encoder):
 
 
 def test_encoder_shapes_and_unit_rows():
-    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 256)):
+    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 384)):
         encoder = Encoder(backbone, s, hidden=24, dim=6)
         x = torch.randn(4, 3, s, s)
         assert encoder.backbone(x).shape == (4, width) and encoder.representation(x).shape == (4, 24)
