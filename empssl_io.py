@@ -275,12 +275,13 @@ SHAPES = ("disc", "ring", "triangle", "square", "cross", "star", "crescent", "ba
 
 @functools.cache
 def _shapes(train: int = 10_000, test: int = 2_000, size: int = 32) -> Dataset:
-    """Ten outlines; colour, texture, place, size, angle and background are random, so raw pixels say little."""
+    """Ten outlines; colour, texture, place, size, angle, background and which of the two is darker are random, so that
+    raw pixels say little."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(train + test) % len(SHAPES)
     labels[:train] = labels[:train][torch.randperm(train, generator=g)]
     images = torch.cat([_draw(part, size, g) for part in labels.split(1000)])
-    return Dataset(images[:train], labels[:train], images[train:], labels[train:], list(SHAPES), key="shapes-1")
+    return Dataset(images[:train], labels[:train], images[train:], labels[train:], list(SHAPES), key="shapes")
 
 
 def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
@@ -289,7 +290,7 @@ def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
     rand = lambda lo, hi, *shape: lo + (hi - lo) * torch.rand(N, *shape, 1, 1, generator=g)
     grid = (torch.arange(side) + 0.5) / side * 2 - 1
     y, x = grid.view(1, -1, 1), grid.view(1, 1, -1)
-    angle, radius = rand(0, 2 * math.pi), rand(0.4, 0.75)
+    angle, radius = rand(-0.35, 0.35), rand(0.55, 0.85)
     dy, dx = y - rand(-1, 1) * (1 - radius), x - rand(-1, 1) * (1 - radius)
     u = (dx * angle.cos() + dy * angle.sin()) / radius              # the shape's own frame, it fills |u|, |v| <= 1
     v = (dy * angle.cos() - dx * angle.sin()) / radius
@@ -309,14 +310,13 @@ def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
         (box < 0.8) & (box > 0.5),
     ])[labels, torch.arange(N)]                                     # (N, side, side)
 
-    def texture() -> Tensor:                                        # a colour, its stripes, and grain: (N, 3, ., .)
+    def texture(brightness: float) -> Tensor:                       # a colour, its stripes, and grain: (N, 3, ., .)
         direction, frequency, phase = rand(0, math.pi), rand(2, 12), rand(0, 2 * math.pi)
         stripes = torch.sin((x * direction.cos() + y * direction.sin()) * frequency * math.pi + phase).unsqueeze(1)
-        grain = torch.randn(N, 1, side, side, generator=g) * rand(0, 0.12, 1)
-        return rand(0, 1, 3) + stripes * rand(0, 0.25, 1) * rand(-1, 1, 3) + grain
-    ground, figure = texture(), texture()
-    contrast = figure.mean((2, 3), keepdim=True) - ground.mean((2, 3), keepdim=True)
-    figure = figure + torch.where(contrast.mean(1, keepdim=True) < 0, -0.2, 0.2)       # never quite the background
+        grain = torch.randn(N, 1, side, side, generator=g) * rand(0, 0.05, 1)
+        return brightness + rand(-0.2, 0.2, 3) + stripes * rand(0, 0.1, 1) * rand(-1, 1, 3) + grain
+    dark, light, swap = texture(0.3), texture(0.7), rand(0, 1, 1) < 0.5
+    ground, figure = torch.where(swap, light, dark), torch.where(swap, dark, light)
     pixels = torch.where(inside.unsqueeze(1), figure, ground).clamp(0, 1)
     return torch.nn.functional.avg_pool2d(pixels, 2).mul(255).round().to(torch.uint8)
 

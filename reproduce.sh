@@ -28,14 +28,14 @@ case $command in
 main)
     setup figures matplotlib sklearn
     if "$PY" -c "import empssl_io as io; io.load_dataset('cifar10')" 2> /dev/null; then
-        dataset=cifar10
+        dataset=cifar10 recipe=()
         echo "CIFAR-10 is at hand: training on it"
     else
-        dataset=shapes
+        dataset=shapes recipe=(--augmentation paper --batch 50)     # few images: more steps, colour must not name them
         echo "CIFAR-10 is not in data/ and cannot be downloaded: training on shapes, drawn in memory"
     fi
     name=$dataset-$(date +%Y%m%d-%H%M%S)
-    "$PY" empssl.py --dataset "$dataset" --name "$name"
+    "$PY" empssl.py --dataset "$dataset" "${recipe[@]}" --name "$name"
     "$PY" report.py "runs/$name"
     ;;
 test)
