@@ -348,9 +348,11 @@ def logdet_spd_ref(A: Tensor) -> tuple[Tensor, Tensor]:
     NaN, for that matrix alone, where A is not positive definite.
     """
     L, failed = torch.linalg.cholesky_ex(A)
+    bad = (failed != 0).view(-1, 1, 1)
+    L = torch.where(bad, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), L)             # invertible, then NaN
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    bad = failed != 0
-    return logdet.masked_fill(bad, math.nan), torch.cholesky_inverse(L.detach()).masked_fill(bad.view(-1, 1, 1), math.nan)
+    bad = bad | ~logdet.isfinite().view(-1, 1, 1)
+    return logdet.masked_fill(bad.flatten(), math.nan), torch.cholesky_inverse(L.detach()).masked_fill(bad, math.nan)
 
 
 def invariance(z: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", README, re.S)
-            for line in block.splitlines() if line.strip()]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)            # (language, text)
+COMMANDS = [line.split("#")[0].strip() for language, block in BLOCKS if not language for line in block.splitlines()]
 
 
 def test_the_readmes_commands_parse():
@@ -42,7 +42,7 @@ def test_the_readmes_python_runs(in_tmp):
     encoder = empssl.Encoder("small", 16, hidden=16, dim=8)
     (in_tmp / "runs" / "photos").mkdir(parents=True)
     io.save_encoder(in_tmp / "runs" / "photos" / "encoder.pt", encoder)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (code,) = [block for language, block in BLOCKS if language == "python"]
     assert len(code.splitlines()) == 5
     names = {"images": io.load_dataset("shapes").test_images[:5]}
     exec(code, names)
