@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import empssl_io as io
+import empssl_ops as ops
 from empssl_io import UsageError, load_dataset
 
 __all__ = ["load_dataset", "Augmentation", "sample_patches", "extract_patches", "extract_patches_ref", "Encoder",
@@ -69,6 +70,7 @@ class Config:
     name: str = flag(None, "run folder below runs/ (data set and time)")
     eval_only: bool = flag(False, "probe --checkpoint on --dataset, no training")
     checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
+    ops: bool = flag(False, "say which implementation each op has here, and why, and stop")
     export_features: str = flag(None, "write the features of --dataset's images to this .npz")
 
 
@@ -163,26 +165,27 @@ def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Au
                         solarize], dim=-1)
 
 
-def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32,
+                    check: bool = False) -> Tensor:
     """Cut and augment the patches that `params` describes, scaled to [-1, 1].
 
     images `(N, 3, H, W)` uint8; index `(b,)` int64, rows of `images`; params `(n, b, K)` from `sample_patches`; s side
-    of a patch. Returns `(n*b, 3, s, s)` of `dtype` on the images' device, channels-last, patch-major. Raises
-    `ValueError` for wrong shapes or types, and where a crop or an index leaves what it indexes.
+    of a patch. Returns `(n*b, 3, s, s)` of `dtype` on the images' device, channels-last, patch-major. Runs compiled
+    where `empssl_ops` has a kernel, else as `extract_patches_ref`. Raises `ValueError` for wrong shapes or types, and
+    where a crop or an index leaves what it indexes; the CUDA kernel makes such a patch NaN instead, which costs no
+    synchronisation, unless `check`.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (N, 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}.")
-    if params.ndim != 3 or params.shape[2] != K or index.shape != params.shape[1:2]:
-        raise ValueError(f"params must be (n, b, {K}) and index (b,), not {tuple(params.shape)} and "
-                         f"{tuple(index.shape)}.")
-    if s < 1:
-        raise ValueError(f"a patch side of {s} pixels makes no patch; it must be at least 1.")
-    (N, _, H, W), (top, left, height, width) = images.shape, params[..., :4].unbind(-1)
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < N):
-        raise ValueError(f"index reaches outside the {N} images.")
-    if not ((top >= 0) & (left >= 0) & (height >= 1) & (width >= 1) & (top + height <= H) & (left + width <= W)).all():
-        raise ValueError(f"a crop reaches outside its {H}x{W} image.")
-    return extract_patches_ref(images, index, params, s, dtype)
+    ops.check_patches(images, index, params, s)
+    if check or not (images.device.type == "cuda" and ops.implementation("extract_patches", images.device, s, dtype)[0]):
+        (N, _, H, W), (top, left, height, width) = images.shape, params[..., :4].unbind(-1)
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < N):
+            raise ValueError(f"index reaches outside the {N} images.")
+        whole = (params[..., :4] == params[..., :4].floor()).all(-1)
+        order = params[..., COLUMNS.index("order")]
+        if not ((top >= 0) & (left >= 0) & (height >= 1) & (width >= 1) & (top + height <= H) & (left + width <= W) & whole
+                & (order >= 0) & (order < len(ORDERS))).all():
+            raise ValueError(f"a crop is not whole pixels inside its {H}x{W} image, or an order is no code below 24.")
+    return torch.ops.empssl.extract_patches(images, index.to(images.device), params.to(images.device), s, dtype)
 
 
 def extract_patches_ref(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -334,12 +337,29 @@ def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
     there). NaN where z is not finite.
     """
     with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
-        _, b, d = z.shape
+        return CodingRate.apply(z if z.dtype == torch.float64 else z.float(), eps2)
+
+
+class CodingRate(torch.autograd.Function):
+    """With c = d/(b eps2): dR/dZ_i = c (I + c Z_i Z_i^T)^-1 Z_i / n, of the inverse that the log-determinant left."""
+
+    @staticmethod
+    def forward(ctx, z, eps2):
+        n, b, d = z.shape
+        c = d / (b * eps2)
         gram = z @ z.mT if b < d else z.mT @ z                      # (n, k, k), k = min(b, d)
-        identity = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
-        logdet, _ = logdet_spd_ref(identity + d / (b * eps2) * gram)
+        gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1)
+        logdet, inverse = torch.ops.empssl.logdet_spd(gram)
+        ctx.save_for_backward(z, inverse)
+        ctx.c = c
         return logdet.mean() / 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        z, inverse = ctx.saved_tensors
+        n, b, d = z.shape
+        return (inverse @ z if b < d else z @ inverse) * (grad * ctx.c / n), None
 
 
 def logdet_spd_ref(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,6 +373,9 @@ def logdet_spd_ref(A: Tensor) -> tuple[Tensor, Tensor]:
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     bad = bad | ~logdet.isfinite().view(-1, 1, 1)
     return logdet.masked_fill(bad.flatten(), math.nan), torch.cholesky_inverse(L.detach()).masked_fill(bad, math.nan)
+
+
+ops.use_references(extract_patches_ref, logdet_spd_ref)
 
 
 def invariance(z: Tensor) -> Tensor:
@@ -651,6 +674,9 @@ def new_encoder(config: Config) -> Encoder:
 def run(config: Config) -> dict:
     """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record."""
     config = settings(config)
+    if config.ops:
+        print(*ops.describe(torch.device(config.device), config.patch_size or 32, min(config.batch, config.dim)), sep="\n")
+        return {}
     data = load_dataset(config.dataset, config.data_dir, config.image_size, config.subset, config.seed)
     N, _, H, W = data.train_images.shape
     if config.patch_size is None:
@@ -675,6 +701,8 @@ def run(config: Config) -> dict:
         steps = N // config.batch * config.epochs
         print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
               f"{steps * config.batch * config.patches:,} patches of {config.patch_size}x{config.patch_size} to come")
+
+        print(*ops.describe(torch.device(config.device), config.patch_size, min(config.batch, config.dim)), sep="\n")
 
         def after_epoch(epoch):
             io.save_encoder(folder.path / "encoder.pt", encoder)

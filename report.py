@@ -109,10 +109,29 @@ def runs_table() -> str:
     return "\n".join(rows)
 
 
+def ops_table() -> str:
+    """Each op against its peers, from benchmarks/ops.py; GPU cells stay "not measured" until it has run on one."""
+    found = {device: json.loads(path.read_text()) for device in ("cpu", "cuda")
+             if (path := RESULTS / "ops" / f"{device}.json").is_file()}
+    rows = {device: {(r["op"], r["name"]): r for r in record["rows"] if "name" in r} for device, record in found.items()}
+    keys = list(dict.fromkeys(key for of_device in rows.values() for key in of_device))
+
+    def cell(device, key):
+        r = rows.get(device, {}).get(key)
+        if r is None:
+            return "not measured"
+        return f"{r['patches'] / r['seconds']:,.0f} patches/s" if "patches" in r else f"{r['seconds'] * 1e3:.1f} ms"
+    lines = [f"| op | what | CPU: {found['cpu']['hardware'] if 'cpu' in found else '-'} | "
+             f"GPU: {found['cuda']['hardware'] if 'cuda' in found else 'not measured'} |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{op}` | {name} | {cell('cpu', (op, name))} | {cell('cuda', (op, name))} |" for op, name in keys])
+
+
 def readme_with_tables(text: str) -> str:
-    before, after = "<!-- runs: written by report.py --readme -->\n", "\n<!-- end of runs -->"
-    head, rest = text.split(before)
-    return head + before + runs_table() + after + rest.split(after)[1]
+    for name, table in (("runs", runs_table()), ("ops", ops_table())):
+        start, end = f"<!-- {name}: written by report.py --readme -->", f"<!-- end of {name} -->"
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main(argv: list[str]) -> None:

@@ -39,7 +39,8 @@ main)
     "$PY" report.py "runs/$name"
     ;;
 test)
-    setup dev,figures pytest hypothesis matplotlib sklearn
+    setup dev,figures pytest hypothesis matplotlib sklearn pybind11 ninja setuptools
+    "$PY" setup.py --quiet build_ext --inplace      # nothing to do where it is up to date
     "$PY" -m pytest
     ;;
 *)

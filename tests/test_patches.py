@@ -156,7 +156,7 @@ def test_no_patches():
     (dict(images=torch.zeros(1, 3, 8, 8)), "uint8"),
     (dict(images=torch.zeros(3, 8, 8, dtype=torch.uint8)), "uint8"),
     (dict(params=torch.zeros(1, 1, K - 1)), "params"),
-    (dict(index=torch.tensor([0, 0])), "params"),
+    (dict(index=torch.tensor([0, 0])), "index"),
     (dict(index=torch.tensor([1])), "index"),
     (dict(index=torch.tensor([-1])), "index"),
     (dict(params=one(top=1)), "crop"),

@@ -1,0 +1,376 @@
+"""The compiled ops against their references, against float64, and against wrong arguments; on the CPU and, where there
+is one, on a GPU. What torchvision says of the references is in test_patches.py."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import empssl
+import empssl_ops
+from empssl import COLUMNS, Augmentation, K, coding_rate, extract_patches_ref, logdet_spd_ref, sample_patches
+from test_loss import paper_coding_rate
+from test_patches import NEUTRAL, one, patch
+
+pytestmark = pytest.mark.skipif(empssl_ops._empssl is None, reason="the compiled module is not installed")
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+ISAS = [isa for isa in ("baseline", "avx2", "avx512") if empssl_ops._empssl and empssl_ops._empssl.use_isa(isa)]
+extract, logdet = torch.ops.empssl.extract_patches, torch.ops.empssl.logdet_spd
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set this machine has, then its best one again."""
+    assert empssl_ops._empssl.use_isa(request.param)
+    yield request.param
+    empssl_ops._empssl.use_isa(ISAS[-1])
+
+
+def random_images(N, H, W, seed=0, device="cpu"):
+    return torch.randint(0, 256, (N, 3, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def assert_as_good_as_pytorch(ours, images, index, params, s):
+    """Error against float64 at most twice that of the float32 reference, plus 1e-6.
+
+    Values that rounding alone may put on either side of the solarize threshold are left out, and counted.
+    """
+    exact = extract_patches_ref(images, index, params, s, torch.float64)
+    reference = extract_patches_ref(images, index, params, s, torch.float32)
+    off = params.clone()
+    off[..., COLUMNS.index("solarize")] = 0
+    before = (extract_patches_ref(images, index, off, s, torch.float64) + 1) / 2
+    solarized = (params[..., COLUMNS.index("solarize")] > 0).flatten().view(-1, 1, 1, 1).to(images.device)
+    near = solarized & ((before - 128 / 255).abs() < 1e-5)
+    allowed = 2 * (reference - exact).abs().masked_fill(near, 0).max().item() + 1e-6 if exact.numel() else 0
+    error = (ours - exact).abs().masked_fill(near, 0)
+    assert not ours.isnan().any()
+    assert error.numel() == 0 or error.max().item() <= allowed, (error.max().item(), allowed)
+    return near.sum().item()
+
+
+@on_each_device
+@settings(max_examples=60)
+@given(data=st.data(), H=st.integers(1, 70), W=st.integers(1, 70), N=st.integers(1, 3), n=st.integers(0, 3), b=st.integers(1, 3),
+       s=st.integers(1, 64), seed=st.integers(0, 999))
+def test_random_patches(device, data, H, W, N, n, b, s, seed):
+    images = random_images(N, H, W, seed, device)
+    index = torch.tensor([data.draw(st.integers(0, N - 1)) for _ in range(b)], device=device)
+    params = torch.tensor([[data.draw(patch(H, W)) for _ in range(b)] for _ in range(n)], dtype=torch.float32)
+    params = params.view(n, b, K).to(device)
+    ours = extract(images, index, params, s, torch.float32)
+    assert ours.shape == (n * b, 3, s, s) and ours.is_contiguous(memory_format=torch.channels_last)
+    assert_as_good_as_pytorch(ours, images, index, params, s)
+
+
+@on_each_device
+@pytest.mark.parametrize("s", [16, 32, 33, 64, 65, 224])
+def test_the_papers_patches(device, s, isa):
+    images = random_images(20, 48, 40, device=device)
+    index = torch.randperm(20, device=device)[:15]
+    params = sample_patches(15, 12, (48, 40), Augmentation(area=(0.05, 1), ratio=(0.5, 2), blur=0.5, solarize=0.3),
+                            empssl.generator(0, "test", s)).to(device)
+    near = assert_as_good_as_pytorch(extract(images, index, params, s, torch.float32), images, index, params, s)
+    assert near <= 3e-5 * 12 * 15 * 3 * s * s + 2                   # few enough that they hide nothing
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+def test_cpu_and_gpu_agree():
+    images, params = random_images(50, 32, 32), sample_patches(50, 20, (32, 32), Augmentation(solarize=0.0))
+    cpu = extract(images, torch.arange(50), params, 32, torch.float32)
+    gpu = extract(images.cuda(), torch.arange(50).cuda(), params.cuda(), 32, torch.float32)
+    torch.testing.assert_close(gpu.cpu(), cpu, atol=2e-6, rtol=0)
+
+
+@on_each_device
+@pytest.mark.parametrize("alone", [dict(), dict(flip=1), dict(brightness=1.4), dict(contrast=0.6), dict(saturation=1.4),
+                                   dict(hue=-0.2), dict(grey=1), dict(sigma=1.5), dict(solarize=1)], ids=str)
+def test_each_operation_alone(device, alone, isa):
+    images, index, params = random_images(1, 8, 8, device=device), torch.zeros(1, dtype=torch.long, device=device), one(**alone).to(device)
+    for s in (8, 13, 5):
+        ours = extract(images, index, params, s, torch.float32)
+        assert_as_good_as_pytorch(ours, images, index, params, s)
+        assert not alone or not torch.allclose(ours, extract(images, index, one().to(device), s, torch.float32), atol=1e-3)
+
+
+@on_each_device
+@pytest.mark.parametrize("order", range(24))
+def test_every_order(device, order):
+    images, index = random_images(1, 8, 8, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    params = one(order=order, brightness=1.4, contrast=0.6, saturation=1.4, hue=0.2).to(device)
+    assert_as_good_as_pytorch(extract(images, index, params, 8, torch.float32), images, index, params, 8)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype,error", [(torch.bfloat16, 2 ** -9), (torch.float16, 2 ** -12)])
+def test_half_precision_is_the_rounded_float32(device, dtype, error, isa):
+    images, index = random_images(9, 32, 32, device=device), torch.arange(9, device=device)
+    params = sample_patches(9, 6, (32, 32), Augmentation()).to(device)
+    half, full = (extract(images, index, params, 32, t) for t in (dtype, torch.float32))
+    assert half.dtype == dtype and torch.equal(half, full.to(dtype))
+    assert (half.float() - full).abs().max() <= error
+
+
+@on_each_device
+def test_all_off_is_the_plain_crop_exactly(device, isa):
+    images = random_images(3, 20, 30, device=device)
+    params = one(top=2, left=7, height=16, width=16).expand(1, 3, K).to(device)
+    x = extract(images, torch.arange(3, device=device), params, 16, torch.float32)
+    assert torch.equal(x, images[:, :, 2:18, 7:23].float() / 255 * 2 - 1)
+
+
+@on_each_device
+def test_strided_and_offset_inputs(device):
+    base = random_images(12, 40, 60, device=device)
+    index = torch.arange(8, device=device)[::2]
+    for images in (base[2:, :, 3:35, 5:37], base[:, :, 4:36, ::2],
+                   base.permute(0, 1, 3, 2)[:, :, :32, :32], base[:, :1, :32, :32].expand(-1, 3, -1, -1),
+                   base.contiguous(memory_format=torch.channels_last)[:, :, :32, :32]):
+        p = sample_patches(4, 6, images.shape[2:], Augmentation()).to(device)
+        strided = p.transpose(0, 1).contiguous().transpose(0, 1)
+        expected = extract(images.contiguous(), index.contiguous(), p.contiguous(), 32, torch.float32)
+        assert torch.equal(extract(images, index, strided, 32, torch.float32), expected)
+
+
+@on_each_device
+def test_large_images_and_shrinking(device):
+    images, index = random_images(1, 4096, 1500, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    for p in (dict(height=4096, width=1500), dict(top=4095, height=1, width=1500), dict(top=1000, left=3, height=2999, width=1)):
+        params = one(**p).to(device)
+        assert_as_good_as_pytorch(extract(images, index, params, 32, torch.float32), images, index, params, 32)
+
+
+@on_each_device
+def test_nothing_to_do(device):
+    images, empty = random_images(2, 8, 8, device=device), torch.zeros(0, dtype=torch.long, device=device)
+    assert extract(images, torch.arange(2, device=device), torch.zeros(0, 2, K, device=device), 8, torch.float32).shape == (0, 3, 8, 8)
+    assert extract(images, empty, torch.zeros(3, 0, K, device=device), 8, torch.float32).shape == (0, 3, 8, 8)
+
+
+BAD_PATCHES = [dict(index=1), dict(index=-1), dict(index=2 ** 40), dict(top=1), dict(left=-1), dict(height=0), dict(width=0.5),
+               dict(top=0.5, height=7), dict(height=math.nan), dict(width=math.inf), dict(order=24), dict(order=-1),
+               dict(top=2.0 ** 40)]
+
+
+@pytest.mark.parametrize("bad", BAD_PATCHES, ids=str)
+def test_outside_is_an_exception_on_the_cpu(bad):
+    bad = dict(bad)
+    index = torch.tensor([0, bad.pop("index", 0)])
+    params = torch.cat([one(), one(**bad)], 1)
+    with pytest.raises(ValueError, match="reaches outside|inside its .*image"):
+        empssl.extract_patches(random_images(1, 8, 8), index, params, 8)
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+@pytest.mark.parametrize("bad", BAD_PATCHES, ids=str)
+def test_outside_is_nan_on_the_gpu_and_an_exception_when_checked(bad):
+    bad = dict(bad)
+    index = torch.tensor([0, bad.pop("index", 0)], device="cuda")
+    params, images = torch.cat([one(), one(**bad)], 1).cuda(), random_images(1, 8, 8, device="cuda")
+    x = empssl.extract_patches(images, index, params, 8)
+    assert x[1].isnan().all() and not x[0].isnan().any()
+    with pytest.raises(ValueError, match="reaches outside|inside its .*image"):
+        empssl.extract_patches(images, index, params, 8, check=True)
+
+
+@on_each_device
+@pytest.mark.parametrize("change", [
+    dict(images=torch.zeros(1, 3, 8, 8)), dict(images=torch.zeros(3, 8, 8, dtype=torch.uint8)),
+    dict(images=torch.zeros(1, 4, 8, 8, dtype=torch.uint8)), dict(index=torch.tensor([0.0])),
+    dict(index=torch.tensor([0], dtype=torch.int32)), dict(index=torch.tensor([0, 0])), dict(params=torch.zeros(1, 1, 12)),
+    dict(params=one().double()), dict(s=0), dict(dtype=torch.int32)], ids=lambda c: next(iter(c)))
+def test_wrong_arguments(device, change):
+    good = dict(images=random_images(1, 8, 8), index=torch.tensor([0]), params=one(), s=8, dtype=torch.float32)
+    on_device = lambda d: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in d.items()}
+    extract(**on_device(good))
+    with pytest.raises((ValueError, RuntimeError)):
+        extract(**on_device(good | change))
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+def test_mixed_devices_are_refused():
+    with pytest.raises((ValueError, RuntimeError)):
+        extract(random_images(1, 8, 8, device="cuda"), torch.tensor([0]), one().cuda(), 8, torch.float32)
+
+
+def test_columns_are_the_headers():
+    assert K == len(NEUTRAL) == 13
+
+
+@on_each_device
+def test_pytorch_sees_the_ops_whole(device):
+    images, index = random_images(3, 16, 16, device=device), torch.arange(3, device=device)
+    params = sample_patches(3, 2, (16, 16), Augmentation()).to(device)
+    torch.library.opcheck(extract, (images, index, params, 8, torch.float32))
+    torch.library.opcheck(extract, (images, index, params, 8, torch.bfloat16))
+    A = spd(3, 5, device=device).requires_grad_()
+    torch.library.opcheck(logdet, (A,))
+    z = F.normalize(torch.randn(2, 6, 9, device=device), dim=-1).requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(images, index, params, z):
+        return extract(images, index, params, 8, torch.float32).mean() + coding_rate(z, 0.2)
+    whole = both(images, index, params, z)
+    whole.backward()
+    (expected,) = torch.autograd.grad(coding_rate(z, 0.2), z)
+    torch.testing.assert_close(z.grad, expected)
+    torch.testing.assert_close(whole, extract(images, index, params, 8, torch.float32).mean() + coding_rate(z, 0.2))
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+def test_cuda_graph_capture():
+    images, index = random_images(8, 32, 32, device="cuda"), torch.arange(8, device="cuda")
+    params, A = sample_patches(8, 4, (32, 32), Augmentation()).cuda(), spd(4, 20, device="cuda")
+    expected = extract(images, index, params, 32, torch.float32), logdet(A)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = extract(images, index, params, 32, torch.float32), logdet(A)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1][1], expected[1][1])
+
+
+# ---- logdet_spd ----
+
+def spd(n, k, device="cpu", dtype=torch.float64, condition=10.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(n, k, k, generator=g, dtype=torch.float64)).Q
+    eigenvalues = torch.logspace(0, math.log10(condition), k, dtype=torch.float64)
+    return ((Q * eigenvalues) @ Q.mT).to(dtype).to(device)
+
+
+@on_each_device
+@settings(max_examples=60)
+@given(n=st.integers(0, 5), k=st.integers(1, 70), condition=st.sampled_from([1.0, 50.0, 1e4]), seed=st.integers(0, 99),
+       dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_logdet_and_inverse(device, n, k, condition, seed, dtype):
+    A = spd(n, k, device, dtype, condition, seed)
+    L, inverse = logdet(A)
+    assert L.shape == (n,) and inverse.shape == (n, k, k) and L.dtype == inverse.dtype == dtype
+    assume(n > 0)
+    exact = A.double().cpu()
+    for ours, pytorch, truth in zip((L, inverse), logdet_spd_ref(A), (torch.linalg.slogdet(exact).logabsdet, torch.linalg.inv(exact))):
+        error, theirs = (ours.double().cpu() - truth).abs().max(), (pytorch.double().cpu() - truth).abs().max()
+        assert error <= 2 * theirs + 1e-6 * truth.abs().max().clamp(min=1)
+    assert torch.equal(inverse, inverse.mT)
+
+
+@on_each_device
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 100, 128, 200, 255, 256, 300, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sizes_on_both_sides_of_every_handover(device, k, dtype, isa):
+    A = spd(3, k, device, dtype)
+    L, inverse = logdet(A)
+    tolerance = dict(rtol=3e-5, atol=3e-5) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(L, torch.logdet(A.double()).to(dtype), **tolerance)
+    torch.testing.assert_close(inverse, torch.linalg.inv(A.double()).to(dtype), **tolerance)
+
+
+@on_each_device
+@pytest.mark.parametrize("k", [2, 40, 300])
+def test_a_matrix_that_is_not_positive_definite_is_nan_alone(device, k, isa):
+    A = spd(6, k, device, torch.float32)
+    A[1] = -A[1]
+    A[2, k // 2, k // 2] = math.nan
+    A[3] = 0
+    A[4, 0, 0] = math.inf
+    L, inverse = logdet(A)
+    assert L.isnan().tolist() == [False, True, True, True, True, False]
+    assert inverse[1:5].isnan().all() and not inverse[[0, 5]].isnan().any()
+
+
+@on_each_device
+def test_only_the_lower_triangle_is_read(device):
+    A = spd(2, 9, device)
+    spoiled = A.tril() + torch.full_like(A, 7.0).triu(1)
+    for ours, theirs in zip(logdet(spoiled), logdet(A)):
+        assert torch.equal(ours, theirs)
+
+
+@on_each_device
+@pytest.mark.parametrize("k", [1, 5, 260])
+def test_gradients_of_both_outputs(device, k):
+    X = torch.randn(2, k, k, dtype=torch.float64, device=device) / k ** 0.5
+    X.requires_grad_()
+    make = lambda X: X @ X.mT + torch.eye(k, dtype=torch.float64, device=device)
+    if k < 100:
+        assert torch.autograd.gradcheck(lambda X: logdet(make(X)), X)
+        assert torch.autograd.gradgradcheck(lambda X: logdet(make(X))[0], X)
+    ours, theirs = (torch.autograd.grad(f(make(X)).sum(), X)[0] for f in (lambda A: logdet(A)[0], torch.logdet))
+    torch.testing.assert_close(ours, theirs)
+
+
+@on_each_device
+def test_strided_matrices(device):
+    A = spd(6, 8, device)
+    torch.testing.assert_close(logdet(A[::2])[0], torch.logdet(A[::2]))
+    torch.testing.assert_close(logdet(A.mT)[0], torch.logdet(A))
+
+
+@pytest.mark.parametrize("A", [torch.zeros(3, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2, 2, dtype=torch.int64),
+                               torch.zeros(1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 0, 0)], ids=lambda A: str(A.shape))
+def test_wrong_matrices(A):
+    with pytest.raises(ValueError, match="A must be"):
+        logdet(A)
+
+
+@on_each_device
+@pytest.mark.parametrize("b,d", [(100, 1024), (100, 64), (300, 400)])
+def test_coding_rate_and_its_gradient_are_the_papers(device, b, d):
+    z = F.normalize(torch.randn(3, b, d), dim=-1)
+    exact = z.double().requires_grad_()
+    ours = z.to(device).requires_grad_()
+    paper_coding_rate(exact, 0.2).backward()
+    R = coding_rate(ours, 0.2)
+    R.backward()
+    assert R.item() == pytest.approx(paper_coding_rate(z, 0.2).item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- which implementation, and why ----
+
+def test_the_cpu_kernels_are_in_use():
+    lines = empssl_ops.describe(torch.device("cpu"), 32, 100)
+    assert lines == [f"extract_patches: compiled (CPU kernel, {ISAS[-1]})", f"logdet_spd: compiled (CPU kernel, {ISAS[-1]})"]
+
+
+def test_without_the_module_the_references_run_and_say_so(monkeypatch):
+    images, params = random_images(4, 32, 32), sample_patches(4, 3, (32, 32), Augmentation())
+    compiled = empssl.extract_patches(images, torch.arange(4), params, 32)
+    monkeypatch.setattr(empssl_ops, "_empssl", None)
+    monkeypatch.setattr(empssl_ops, "_missing", "it is missing", raising=False)
+    torch.testing.assert_close(empssl.extract_patches(images, torch.arange(4), params, 32), compiled, atol=1e-5, rtol=0)
+    z = F.normalize(torch.randn(2, 6, 9), dim=-1)
+    assert coding_rate(z).item() == pytest.approx(paper_coding_rate(z, 0.2).item(), rel=1e-5)
+    assert all("PyTorch reference (it is missing)" in line for line in empssl_ops.describe(torch.device("cpu"), 32, 100))
+
+
+def test_threads_do_not_change_the_result():
+    images, params = random_images(20, 32, 32), sample_patches(20, 20, (32, 32), Augmentation())
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(extract(images, torch.arange(20), params, 32, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no nvcc")
+@pytest.mark.skipif(os.environ.get("EMPSSL_CUDA") == "0", reason="CUDA was left out")
+def test_cuda_kernels_are_in_the_module_wherever_nvcc_is():
+    assert empssl_ops._empssl.cuda
+    module = Path(empssl_ops._empssl.__file__).read_bytes()
+    for kernel in (b"extract_patches_kernel", b"logdet_spd_kernel"):
+        assert kernel in module
+    for architecture in empssl_ops._empssl.cuda_architectures.split():
+        assert f"sm_{architecture}".encode() in module
