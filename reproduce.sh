@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash reproduce.sh          set up, train, probe, draw: CIFAR-10 if it is there or can be downloaded, else shapes
 # bash reproduce.sh test     set up, run the tests
+# bash reproduce.sh gpu      on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
 # else .venv is made here, on top of that Python's torch and torchvision if it has them.
 set -euo pipefail
@@ -43,8 +44,19 @@ test)
     "$PY" setup.py --quiet build_ext --inplace      # nothing to do where it is up to date
     "$PY" -m pytest
     ;;
+gpu)
+    setup dev pytest hypothesis pybind11 ninja setuptools
+    "$PY" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "error: PyTorch sees no GPU here; run this where there is one." >&2; exit 2; }
+    "$PY" setup.py --quiet build_ext --inplace
+    "$PY" -m pytest tests/test_ops.py
+    for tool in memcheck racecheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "$PY" -m pytest tests/test_ops.py -k "cuda and (papers or alone or sizes)"
+    done
+    "$PY" benchmarks/ops.py --device cuda
+    "$PY" report.py --readme
+    ;;
 *)
-    echo "error: there is no command '$command'; the commands are: (none), test." >&2
+    echo "error: there is no command '$command'; the commands are: (none), test, gpu." >&2
     exit 2
     ;;
 esac

@@ -28,7 +28,7 @@ def test_the_readmes_commands_parse():
     scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
     assert scripts == ["bash reproduce.sh", "bash reproduce.sh test"]
     known = re.findall(r"^(\w+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
-    assert set(known) == {"main", "test"}
+    assert set(known) == {"main", "test", "gpu"}
     assert all(c.split()[0] in ("python", "bash", "pip") for c in COMMANDS)
 
 
