@@ -209,7 +209,11 @@ def bench_coding_rate(device, rows, b=100, d=1024):
             z = sets[i % 4]
             z.grad = None
             rate(z).backward()
-        t = median_seconds(call, device, most=20)
+        try:
+            t = median_seconds(call, device, most=20)
+        except RuntimeError as error:                       # a peer's own fault: seen of MKL's batched LU, d x d
+            print(f"  {name:44} fails ({str(error).splitlines()[0]}): not measured")
+            continue
         rows.append({"op": "coding_rate", "name": name, "seconds": t, "n": n, "b": b, "d": d})
         print(f"  {name:44} {t * 1e3:10.2f} ms", flush=True)
 
