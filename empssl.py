@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from tqdm import tqdm
 
 import empssl_io as io
 import empssl_ops as ops
@@ -62,12 +61,15 @@ class Config:
     hidden: int = flag(None, "width of the representation, the features that are probed")
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
-    eval_augmentation: str = flag(None, "of those: as in training, or crops alone", choices=("train", "none"))
+    eval_augmentation: str = flag(None, "of those: as in training, or crops alone on an even grid", choices=("train", "grid"))
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
     compile: bool = flag(False, "torch.compile the encoder")
     name: str = flag(None, "run folder below runs/ (data set and time)")
+    force: bool = flag(False, "overwrite the run folder")
+    resume: str = flag(None, "a run folder, runs/<name>: go on where that run was stopped, with its own settings")
+    save_every: float = flag(5.0, "minutes between checkpoints; there is one at each epoch's end besides")
     eval_only: bool = flag(False, "probe --checkpoint on --dataset, no training")
     checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
     ops: bool = flag(False, "say which implementation each op has here, and why, and stop")
@@ -78,7 +80,7 @@ PRESETS = {
     "paper": dict(patches=20, augmentation="paper", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=4096,
                   dim=1024, eval_patches=128, eval_augmentation="train"),
     "laptop": dict(patches=18, patch_size=16, augmentation="light", batch=100, lr=0.1, lam=100.0, backbone="small",
-                   hidden=1024, dim=512, eval_patches=8, eval_augmentation="none"),
+                   hidden=1024, dim=512, eval_patches=16, eval_augmentation="grid"),
 }
 
 
@@ -117,12 +119,11 @@ class Augmentation:
         return cls(**{"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0} | kwargs)
 
 
-def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augmentation]:
+def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augmentation | None]:
     """For training and for evaluation. "light" suits small encoders: less colour, no blur, no solarizing."""
-    ratio = (1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3)
     light = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0) if config.augmentation == "light" else {}
-    train = Augmentation(ratio=ratio, **light)
-    return train, train if config.eval_augmentation == "train" else Augmentation.none(ratio=ratio)
+    train = Augmentation(ratio=(1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3), **light)
+    return train, train if config.eval_augmentation == "train" else None
 
 
 COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
@@ -165,6 +166,19 @@ def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Au
                         solarize], dim=-1)
 
 
+def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
+    """`sample_patches` without chance: crops alone, of a quarter of the image, on an even grid. n must be a square."""
+    k = math.isqrt(n)
+    if k * k != n:
+        raise UsageError(f"--eval-patches {n} makes no even grid; give a square such as 1, 4, 9 or 16.")
+    params = sample_patches(b, n, image_size, Augmentation.none())                  # (n, b, K)
+    even = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
+    down, across = even.repeat_interleave(k).view(-1, 1), even.repeat(k).view(-1, 1)            # (n, 1)
+    params[..., 0] = (down * (image_size[0] - params[..., 2])).round()
+    params[..., 1] = (across * (image_size[1] - params[..., 3])).round()
+    return params
+
+
 def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32,
                     check: bool = False) -> Tensor:
     """Cut and augment the patches that `params` describes, scaled to [-1, 1].
@@ -177,14 +191,7 @@ def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype
     """
     ops.check_patches(images, index, params, s)
     if check or not (images.device.type == "cuda" and ops.implementation("extract_patches", images.device, s, dtype)[0]):
-        (N, _, H, W), (top, left, height, width) = images.shape, params[..., :4].unbind(-1)
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < N):
-            raise ValueError(f"index reaches outside the {N} images.")
-        whole = (params[..., :4] == params[..., :4].floor()).all(-1)
-        order = params[..., COLUMNS.index("order")]
-        if not ((top >= 0) & (left >= 0) & (height >= 1) & (width >= 1) & (top + height <= H) & (left + width <= W) & whole
-                & (order >= 0) & (order < len(ORDERS))).all():
-            raise ValueError(f"a crop is not whole pixels inside its {H}x{W} image, or an order is no code below 24.")
+        ops.check_crops(images, index, params)
     return torch.ops.empssl.extract_patches(images, index.to(images.device), params.to(images.device), s, dtype)
 
 
@@ -444,13 +451,15 @@ def cosine(lr: float, t: int, T: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation, log=lambda record: None,
-          after_epoch=lambda epoch: {}) -> dict:
+          after_epoch=lambda epoch: {}, folder: io.RunFolder | None = None) -> dict:
     """Train `encoder` in place on `images (N, 3, H, W)` uint8, on the encoder's device, for `config.epochs` passes.
 
     An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the
-    latter with what `after_epoch(epoch)` returned. Returns `train_seconds` (without `after_epoch`), `patches_seen`
-    and the last `R` and `D`. Raises `UsageError` where b > N, and `FloatingPointError`, before `after_epoch` could
-    save anything, where a loss was not finite.
+    latter with what `after_epoch(epoch)` returned. Checkpoints go to `folder`, and training goes on from the one that
+    it holds. Under torchrun each of W processes cuts and encodes b/W of a batch's images, and the loss is of all b.
+    Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where
+    b > N, `FloatingPointError`, before anything could be saved, where a loss was not finite, and `io.Stopped`, with
+    all saved, after a signal.
     """
     n, b, s = config.patches, config.batch, config.patch_size
     N, device = len(images), next(encoder.parameters()).device
@@ -458,44 +467,64 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
     T = config.epochs * steps
     if steps == 0:
         raise UsageError(f"--batch {b} is larger than the data set's {N} training images; give a smaller --batch.")
+    ours = slice(io.rank() * b // io.processes(), (io.rank() + 1) * b // io.processes())       # of a batch's images
     optimizer = LARS(encoder.parameters(), lr=config.lr)
-    forward = torch.compile(encoder) if config.compile else encoder
+    first, seconds, record = 0, 0.0, {}
+    if folder and (saved := folder.load()):
+        encoder.load_state_dict(saved["encoder"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, seconds, record = saved["step"], saved["seconds"], saved["record"]
+    forward = io.distribute(encoder)
+    forward = torch.compile(forward) if config.compile else forward
     bad_step = torch.tensor(-1, device=device)          # the first step whose loss was not finite, read now and then
-    seconds, clock, record = 0.0, time.perf_counter(), {}
-    with tqdm(total=T, desc="training", unit="step", dynamic_ncols=True) as bar:
-        for epoch in range(config.epochs):
-            encoder.train()
-            order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
-            for t in range(epoch * steps, (epoch + 1) * steps):
-                index = order[t % steps * b:][:b]
-                params = sample_patches(b, n, images.shape[2:], augmentation, generator(config.seed, "patches", t))
-                x = cut(images, index, params, s, device)                                   # (n*b, 3, s, s)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    z = forward(x).view(n, b, -1)                                           # (n, b, d)
-                loss = empssl_loss(z, config.lam, config.eps2)
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine(config.lr, t, T)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite(), t, bad_step)
-                bar.update()
-                if (t + 1) % 10 == 0 or (t + 1) % steps == 0:
-                    if bad_step >= 0:
-                        raise FloatingPointError(f"The loss was not finite at step {int(bad_step) + 1} of {T}; what was "
-                                                 f"saved before is kept. Try a smaller --lr or --precision float32.")
-                    D = invariance(z.detach()).item()
-                    now = seconds + time.perf_counter() - clock
-                    record = {"step": t + 1, "epoch": (t + 1) / steps, "R": -loss.item() - config.lam * D, "D": D,
-                              "lr": cosine(config.lr, t, T), "patches_per_second": (t + 1) * n * b / now}
-                    bar.set_postfix_str(f"R {record['R']:.1f}  D {D:.3f}  lr {record['lr']:.3f}  "
-                                        f"{record['patches_per_second']:.0f} patches/s")
-                    log(record)
-                    if t + 1 == 10:
-                        bar.write(f"about {io.human_time(now / 10 * (T - 10))} of training to go")
-            seconds += time.perf_counter() - clock
-            log({"step": t + 1, "epoch": epoch + 1, "train_seconds": seconds} | after_epoch(epoch))
-            clock = time.perf_counter()
+    clock, seconds_before = time.perf_counter(), seconds
+    with io.progress(total=T, initial=first, desc="training", unit="step") as bar:
+        for t in range(first, T):
+            epoch, i = divmod(t, steps)
+            if i == 0 or t == first:
+                order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
+                encoder.train()
+            index = order[i * b:][:b]
+            params = sample_patches(b, n, images.shape[2:], augmentation, generator(config.seed, "patches", t))
+            x = cut(images, index[ours], params[:, ours], s, device)                        # (n*b/W, 3, s, s)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                z = forward(x).unflatten(0, (n, -1))                                        # (n, b/W, d)
+            z = io.gather_images(z)                                                         # (n, b, d)
+            loss = empssl_loss(z, config.lam, config.eps2)
+            optimizer.param_groups[0]["lr"] = cosine(config.lr, t, T)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite(), t, bad_step)
+            bar.update()
+
+            epoch_ends = i + 1 == steps
+            signal, save = folder.asked() if folder else (0, False)
+            if (t + 1) % 10 == 0 or epoch_ends or save or signal:
+                if bad_step >= 0:
+                    raise FloatingPointError(f"The loss was not finite at step {int(bad_step) + 1} of {T}; what was "
+                                             f"saved before is kept. Try a smaller --lr or --precision float32.")
+                now = seconds + time.perf_counter() - clock
+            if (t + 1) % 10 == 0 or epoch_ends:
+                D = invariance(z.detach()).item()
+                record = {"step": t + 1, "epoch": (t + 1) / steps, "R": -loss.item() - config.lam * D, "D": D,
+                          "lr": cosine(config.lr, t, T), "patches_per_second": (t + 1) * n * b / now}
+                bar.set_postfix_str(f"R {record['R']:.1f}  D {D:.3f}  lr {record['lr']:.3f}  "
+                                    f"{record['patches_per_second']:.0f} patches/s")
+                log(record)
+            if t + 1 == first + 10:
+                bar.write(f"about {io.human_time((now - seconds_before) / 10 * (T - t - 1))} of training to go")
+            if epoch_ends:
+                seconds = now
+                io.agree_on_buffers(encoder)
+                log({"step": t + 1, "epoch": epoch + 1, "train_seconds": seconds} | after_epoch(epoch))
+                clock = time.perf_counter()
+            if folder and (save or signal or epoch_ends):
+                folder.save({"step": t + 1, "seconds": seconds + time.perf_counter() - clock, "record": record,
+                             "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()})
+            if signal:
+                raise io.Stopped(signal, f"stopped after step {t + 1} of {T}, and saved; to go on: python empssl.py "
+                                         f"--resume {folder.path}")
     return {"R": record["R"], "D": record["D"], "train_seconds": seconds, "patches_seen": T * n * b}
 
 
@@ -517,21 +546,22 @@ def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Aug
     """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
 
     The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by
-    default crops alone. The result is on the encoder's device.
+    default crops alone on an even grid. The result is on the encoder's device.
     """
-    augmentation = augmentation or Augmentation.none()
     encoder.eval()
     device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
     b = max(1, min(len(images), 2 ** 19 // (patches * s * s)))      # images at once: half a million pixels of patches
-    features = []
-    for start in tqdm(range(0, len(images), b), desc="embedding", unit="batch", leave=False, dynamic_ncols=True):
+    features = torch.zeros(len(images), encoder.architecture["hidden"], device=device)
+    starts = range(0, len(images), b)[io.rank()::io.processes()]    # under torchrun each process embeds its share
+    for start in io.progress(starts, desc="embedding", unit="batch", leave=False):
         index = torch.arange(start, min(start + b, len(images)))
-        params = sample_patches(len(index), patches, images.shape[2:], augmentation, generator(seed, "embed", start))
+        params = (sample_patches(len(index), patches, images.shape[2:], augmentation, generator(seed, "embed", start))
+                  if augmentation else grid_patches(len(index), patches, images.shape[2:]))
         x = cut(images, index, params, s, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = encoder.representation(x)
-        features.append(h.float().view(patches, len(index), -1).mean(0))
-    return torch.cat(features)
+        features[start:start + b] = h.float().view(patches, len(index), -1).mean(0)
+    return io.sum_over_processes(features)
 
 
 @torch.no_grad()
@@ -551,7 +581,7 @@ def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Te
     weight, bias = layer.weight, layer.bias                                     # (classes, hidden), (classes,)
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
     target = F.one_hot(y, layer.out_features).to(weight)
-    for epoch in tqdm(range(epochs), desc="linear probe", unit="epoch", leave=False, dynamic_ncols=True):
+    for epoch in io.progress(range(epochs), desc="linear probe", unit="epoch", leave=False):
         rate = cosine(lr, epoch, epochs)
         for index in torch.randperm(len(y), generator=generator(seed, "probe", epoch)).to(device).split(batch):
             x = train_features[index]
@@ -570,40 +600,39 @@ def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tenso
               temperature: float = 0.07) -> float:
     """Top-1 test accuracy, in [0, 1], of the k nearest training features by cosine, votes weighted exp(cos / T)."""
     bank, y = F.normalize(train_features, dim=1), train_labels.to(train_features.device)
-    votes = []
-    for queries in F.normalize(test_features, dim=1).split(1000):
+    hits = torch.zeros((), device=y.device)
+    blocks = list(zip(F.normalize(test_features, dim=1).split(1000), test_labels.to(y.device).split(1000)))
+    for queries, answers in blocks[io.rank()::io.processes()]:
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)             # (1000, k)
-        weight = (similarity / temperature).exp()
-        votes.append(torch.zeros(len(queries), int(y.max()) + 1, device=y.device)
-                     .scatter_add_(1, y[nearest], weight).argmax(1))
-    return (torch.cat(votes) == test_labels.to(y.device)).float().mean().item()
+        votes = torch.zeros(len(queries), int(y.max()) + 1, device=y.device)
+        votes.scatter_add_(1, y[nearest], (similarity / temperature).exp())
+        hits += (votes.argmax(1) == answers).sum()
+    return io.sum_over_processes(hits).item() / len(test_labels)
 
 
-def probe(h: list[Tensor], data: io.Dataset, config: Config, augmentation: Augmentation) -> dict:
+def probe(h: list[Tensor], data: io.Dataset, config: Config, augmentation: Augmentation | None) -> dict:
     """Probes of the features h of both splits. Beside them stand those of raw pixels (at most 32x32) and of the
     untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
     untrained_encoder = new_encoder(config)
 
     def baselines():
         side = min(32, data.train_images.shape[-1])
-        shrink = lambda images: torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, side).flatten(1)
-                                           for part in images.split(1000)])
-        pixels = [shrink(data.train_images), shrink(data.test_images)]
+        pixels = [torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, side).flatten(1) for part in images.split(1000)])
+                  for images in (data.train_images, data.test_images)]
         untrained = features(settled(untrained_encoder, data.train_images, config, augmentation), data, config, augmentation)
         return {f"{name}_top1": linear_probe(x[0], data.train_labels, x[1], data.test_labels)[0]
                 for name, x in (("raw_pixels", pixels), ("untrained", untrained))}
     everything = h[0], data.train_labels, h[1], data.test_labels
     linear_top1, linear_top5 = linear_probe(*everything)
     recipe = (data.key, sum(p.double().abs().sum().item() for p in untrained_encoder.parameters()), config.patch_size,
-              config.eval_patches, asdict(augmentation), config.seed, config.precision)
+              config.eval_patches, str(augmentation), config.seed, config.precision)
     return ({"linear_top1": linear_top1, "linear_top5": linear_top5, "knn_top1": knn_probe(*everything)}
             | io.remembered(f"baselines {recipe}", baselines))
 
 
 def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
-    return [None if images is None else
-            embed(encoder, images, config.eval_patches, augmentation, config.seed, config.precision)
-            for images in (data.train_images, data.test_images)]
+    return [None if x is None else embed(encoder, x, config.eval_patches, augmentation, config.seed, config.precision)
+            for x in (data.train_images, data.test_images)]
 
 
 @torch.no_grad()
@@ -612,7 +641,8 @@ def settled(encoder: Encoder, images: Tensor, config: Config, augmentation: Augm
     encoder.train()
     for t in range(50):
         index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
-        params = sample_patches(64, 4, images.shape[2:], augmentation, generator(config.seed, "settle patches", t))
+        params = sample_patches(64, 4, images.shape[2:], augmentation or Augmentation.none(),
+                                generator(config.seed, "settle patches", t))
         encoder(cut(images, index, params, config.patch_size, torch.device(config.device)))
     return encoder
 
@@ -624,46 +654,14 @@ def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation
     if data.train_labels is None or queries == 0:
         return {}
     rows = order[:6 * queries]
-    h = embed(encoder, data.train_images[rows.to(data.train_images.device)], min(4, config.eval_patches), augmentation,
-              config.seed, config.precision)
-    y = data.train_labels[rows]
+    images, y = data.train_images[rows.to(data.train_images.device)], data.train_labels[rows]
+    h = embed(encoder, images, min(4, config.eval_patches), augmentation, config.seed, config.precision)
     return {"holdout_knn_top1": knn_probe(h[queries:], y[queries:], h[:queries], y[:queries])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
-
-def settings(config: Config) -> Config:
-    """Resolve what is `auto` or left to the preset, and refuse what cannot work."""
-    config.device = io.pick_device(config.device)
-    if config.preset == "auto":
-        config.preset = "laptop" if config.device == "cpu" else "paper"
-    if config.precision == "auto":
-        config.precision = "bf16" if io.fast_bf16(config.device) else "float32"
-    if config.eval_only and not config.checkpoint:
-        raise UsageError("--eval-only needs an encoder to probe; name one with --checkpoint runs/<name>/encoder.pt.")
-    if config.checkpoint:
-        if not (config.eval_only or config.export_features):
-            raise UsageError("--checkpoint goes with --eval-only or --export-features; add the one you want.")
-        for name, value in io.load_checkpoint(config.checkpoint)["architecture"].items():
-            if getattr(config, name) not in (None, value):
-                raise UsageError(f"{config.checkpoint} has another architecture, its {name} is {value} and not "
-                                 f"{getattr(config, name)}; leave --{name.replace('_', '-')} out.")
-            setattr(config, name, value)
-    for name, value in PRESETS[config.preset].items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    for name, least in dict(patches=2, batch=1, epochs=1, patch_size=1, hidden=1, dim=1, eval_patches=1).items():
-        if getattr(config, name) is not None and getattr(config, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
-    for name in ("lr", "eps2"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UsageError(f"--{name} is {getattr(config, name)}; it must be a positive number.")
-    if config.export_features and not Path(config.export_features).absolute().parent.is_dir():
-        raise UsageError(f"--export-features {config.export_features} is in no folder that exists; make it first.")
-    return config
-
 
 def new_encoder(config: Config) -> Encoder:
     torch.manual_seed(config.seed)
@@ -673,11 +671,13 @@ def new_encoder(config: Config) -> Encoder:
 
 def run(config: Config) -> dict:
     """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record."""
-    config = settings(config)
+    config = io.settings(config, PRESETS)
     if config.ops:
         print(*ops.describe(torch.device(config.device), config.patch_size or 32, min(config.batch, config.dim)), sep="\n")
         return {}
-    data = load_dataset(config.dataset, config.data_dir, config.image_size, config.subset, config.seed)
+    io.join_processes(config.device)
+    data = io.first_process_first(lambda: load_dataset(config.dataset, config.data_dir, config.image_size, config.subset,
+                                                       config.seed))
     N, _, H, W = data.train_images.shape
     if config.patch_size is None:
         # The paper resizes a patch to its image's size; Tiny ImageNet's patches (our recipe) stay native.
@@ -687,31 +687,37 @@ def run(config: Config) -> dict:
     training = not config.checkpoint
     if training and config.batch > N:
         raise UsageError(f"--batch {config.batch} is larger than the data set's {N} training images; lower it.")
+    if training and config.batch % io.processes():
+        raise UsageError(f"--batch {config.batch} is split over {io.processes()} processes; give a multiple of that.")
     augmentation, at_eval = augmentations(config, H, W)
     data = io.to_device(data, config.device)
     encoder = new_encoder(config)
     if config.checkpoint:
         io.load_weights(encoder, config.checkpoint)
     if config.export_features and not config.eval_only and config.checkpoint:
-        return export(features(encoder, data, config, at_eval), data, config)
+        return export(features(encoder, data, config, at_eval), data, config.export_features)
 
-    folder = io.RunFolder(config.name or io.default_name(config.dataset), asdict(config) | io.provenance(config.device))
+    folder = io.RunFolder(config.resume or io.RUNS / (config.name or io.default_name(config.dataset)),
+                          asdict(config) | io.provenance(config.device), config.resume, config.force, config.save_every)
+    if record := folder.finished():
+        print(f"{folder.path} is finished: there is nothing to go on with.")
+        return record
     record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
     if training:
         steps = N // config.batch * config.epochs
         print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
               f"{steps * config.batch * config.patches:,} patches of {config.patch_size}x{config.patch_size} to come")
-
         print(*ops.describe(torch.device(config.device), config.patch_size, min(config.batch, config.dim)), sep="\n")
 
         def after_epoch(epoch):
             io.save_encoder(folder.path / "encoder.pt", encoder)
             return holdout_knn(encoder, data, config, at_eval)
-        record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch)
+        with folder.catching_signals():
+            record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch, folder)
     started = time.perf_counter()
     h = features(encoder, data, config, at_eval)
     if config.export_features:
-        export(h, data, config)
+        export(h, data, config.export_features)
     if data.test_labels is None:
         print("These images have no labels: encoder and features are saved, and there is nothing to probe.")
         io.save_features(folder.path / "features.npz", train_features=h[0].half(), files=data.files)
@@ -727,10 +733,10 @@ def run(config: Config) -> dict:
     return record
 
 
-def export(h: list[Tensor | None], data: io.Dataset, config: Config) -> dict:
-    io.save_features(config.export_features, train_features=h[0], train_labels=data.train_labels, files=data.files,
-                     test_features=h[1], test_labels=data.test_labels, classes=data.classes or None)
-    print(f"features of {len(h[0]):,} training images written to {config.export_features}")
+def export(h: list[Tensor | None], data: io.Dataset, path: str) -> dict:
+    io.save_features(path, train_features=h[0], train_labels=data.train_labels, test_features=h[1],
+                     test_labels=data.test_labels, files=data.files, classes=data.classes or None)
+    print(f"features of {len(h[0]):,} training images written to {path}")
     return {}
 
 

@@ -1,4 +1,5 @@
-"""The plumbing of EMP-SSL: data sets and their caches, run folders, saved encoders. Nothing of the method is here.
+"""The plumbing of EMP-SSL: data sets and their caches, run folders and checkpoints, processes and signals. Nothing of
+the method is here.
 
 A data set is uint8 images `(N, 3, H, W)` and int64 labels `(N,)`, for training and test; labels are None where there
 are none. Everything a user can get wrong raises `UsageError`, one sentence that says what to do.
@@ -7,6 +8,7 @@ are none. Everything a user can get wrong raises `UsageError`, one sentence that
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import hashlib
@@ -16,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch import Tensor
@@ -243,7 +247,7 @@ def _fill_cache(cache: Path, splits: list, size: int) -> None:
     bad, meta = [], {}
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, \
-                tqdm(total=len(files), desc="decoding images", unit="image", smoothing=0.1) as bar:
+                progress(total=len(files), desc="decoding images", unit="image", smoothing=0.1) as bar:
             for part, split in zip(("train", "test"), splits):
                 meta[part] = []
                 with open(scratch / f"{part}.u8", "wb") as out:
@@ -324,24 +328,142 @@ def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
 # ---- run folders ----
 
 class RunFolder:
-    """`runs/<name>/`: `config.json`, `metrics.jsonl` (a JSON object a line), `encoder.pt`, `test_features.npz`."""
+    """`runs/<name>/`: `config.json`, `metrics.jsonl` (a JSON object a line), `checkpoint.pt` and the one before it,
+    `encoder.pt`, `test_features.npz`. Under torchrun process 0 alone writes; every process must see the folder."""
 
-    def __init__(self, name: str, config: dict):
-        if not re.fullmatch(r"\w[\w.=+-]*", name):
-            raise UsageError(f"--name {name!r} is no plain folder name; use letters, digits and -._=+ only.")
-        self.path = RUNS / name
+    def __init__(self, path: Path, config: dict, resume: bool = False, force: bool = False, save_every: float = math.inf):
+        self.path, self.config, self.resume, self.save_every = Path(path), config, bool(resume), save_every
+        self.saved_at, self.signal = time.monotonic(), 0
+        if resume or rank() > 0:
+            return
         if (self.path / "config.json").exists():
-            raise UsageError(f"{self.path} holds a run already; choose another --name or remove it.")
+            if not force:
+                raise UsageError(f"{self.path} holds a run already; go on with it by --resume {self.path}, choose another "
+                                 f"--name, or overwrite it with --force.")
+            shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
 
     def log(self, record: dict) -> None:
-        with open(self.path / "metrics.jsonl", "a") as out:
-            out.write(json.dumps(record) + "\n")
+        if rank() == 0:
+            with open(self.path / "metrics.jsonl", "a") as out:
+                out.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict]:
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            with contextlib.suppress(ValueError):               # the line that a kill cut short
+                records.append(json.loads(line))
+        return records
+
+    # -- checkpoints --
+
+    def save(self, state: dict) -> None:
+        """Keep `state` (plain tensors, numbers, dicts and lists) as `checkpoint.pt`. The one before is only renamed, so
+        that one of the two is whole at every moment."""
+        path = self.path / "checkpoint.pt"
+        state = state | {"config": self.config}
+        state["digest"] = _digest(state) if rank() == 0 else ""
+
+        def keep_the_previous():
+            if path.exists():
+                os.replace(path, self.path / "checkpoint-previous.pt")
+        save_atomically(path, lambda out: torch.save(state, out), keep_the_previous)
+        wait_for_first()
+        self.saved_at = time.monotonic()
+
+    def finished(self) -> dict | None:
+        """The last record of a run that has come to its end."""
+        last = self.records()[-1:]
+        return last[0] if self.resume and last and "probe_seconds" in last[0] else None
+
+    def load(self) -> dict | None:
+        """The newest whole checkpoint of a run that is resumed, or None; metrics that were logged after it are dropped."""
+        if not self.resume:
+            return None
+        state, damaged = None, []
+        for path in (self.path / "checkpoint.pt", self.path / "checkpoint-previous.pt"):
+            if state is None and path.exists():
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+                    if state["digest"] != _digest(state):
+                        raise ValueError
+                except Exception:                               # cut short, damaged, or not ours
+                    state = None
+                    damaged.append(path)
+        if damaged and state is None:
+            raise UsageError(f"{damaged[0]} is damaged and there is no whole one before it; "
+                             f"start again with --name {self.path.name} --force and the run's flags (config.json has them).")
+        if damaged:
+            print(f"{damaged[0]} is damaged; going on from {self.path / 'checkpoint-previous.pt'}, of step {state['step']}.")
+        if state and state["config"]["commit"] != self.config["commit"]:
+            print(f"this run began with the code at {state['config']['commit']} and goes on with {self.config['commit']}: "
+                  f"its end may differ from that of an unbroken run.")
+        if rank() == 0:
+            step = state["step"] if state else 0
+            kept = [r for r in self.records() if r.get("step", math.inf) <= step]
+            kept.append({"step": step, "resumed": {k: self.config[k] for k in ("commit", "hardware", "started")}})
+            kept = [json.dumps(r) + "\n" for r in kept]
+            save_atomically(self.path / "metrics.jsonl", lambda out: out.write("".join(kept).encode()))
+        return state
+
+    # -- signals --
+
+    @contextlib.contextmanager
+    def catching_signals(self):
+        """SIGTERM and Ctrl-C are noted, for `asked`; a second one ends the process at once."""
+        def note(number, frame):
+            # torchrun passes on what the terminal has already sent, so one within the second is no second one.
+            if self.signal and time.monotonic() - self.signalled_at > 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            if not self.signal:
+                self.signal, self.signalled_at = number, time.monotonic()
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def asked(self) -> tuple[int, bool]:
+        """The signal to stop for (0: none), and whether a checkpoint is due: one answer for all processes."""
+        answer = torch.tensor([self.signal, time.monotonic() - self.saved_at > 60 * self.save_every])
+        if processes() > 1:
+            dist.all_reduce(answer, dist.ReduceOp.MAX, group=_patient)
+        return int(answer[0]), bool(answer[1])
 
 
-def save_atomically(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to disk, then put it in `path`'s place."""
+def _digest(state: dict) -> str:
+    """Of every tensor's bytes and every number, so that a damaged file is never taken for a whole one."""
+    digest = hashlib.blake2b()
+
+    def add(key, value):
+        digest.update(str(key).encode())
+        if isinstance(value, dict):
+            for k, v in value.items():
+                add(k, v)
+        elif isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value).encode())
+    add("", {k: v for k, v in state.items() if k != "digest"})
+    return digest.hexdigest()
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and everything is saved. Arguments: the signal's number, what to say."""
+
+
+def save_atomically(path: Path, write, before=lambda: None) -> None:
+    """Call `write(file)` on a temporary file beside `path`, flush it to disk, then `before()`, then put it in `path`'s
+    place. In process 0 alone."""
+    if rank() > 0:
+        return
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -349,6 +471,7 @@ def save_atomically(path: Path, write) -> None:
             write(out)
             out.flush()
             os.fsync(out.fileno())
+        before()
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -359,6 +482,7 @@ def save_encoder(path: Path, encoder: torch.nn.Module) -> None:
     weights = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
     content = {"architecture": encoder.architecture, "weights": weights}
     save_atomically(path, lambda out: torch.save(content, out))
+    wait_for_first()
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -367,7 +491,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UsageError(f"There is no checkpoint {path}; give --checkpoint the encoder.pt of a run.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"architecture", "weights"} <= content.keys():
+        kinds = {name: type(value) for name, value in content["architecture"].items()}
+        if kinds != dict(backbone=str, patch_size=int, hidden=int, dim=int) or not isinstance(content["weights"], dict):
             raise ValueError
     except Exception:                                           # random bytes, a pickle with code, another program's
         raise UsageError(f"{path} is no encoder that this program saved; "
@@ -388,28 +513,129 @@ def save_features(path: Path, **arrays) -> None:
     arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()
               if v is not None}
     save_atomically(path, lambda out: np.savez(out, **arrays))
+    wait_for_first()
 
 
 def remembered(key: str, compute) -> dict:
     """`compute()`, a dict of numbers, remembered on disk under `key`."""
     path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
+        value = None
+    if processes() > 1:                                         # all compute, or none
+        answer = [value]
+        dist.broadcast_object_list(answer)
+        value = answer[0]
+    if value is None:
         value = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(path, lambda out: out.write(json.dumps(value).encode()))
-        return value
+    return value
 
 
 def default_name(dataset: str) -> str:
     return f"{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+# ---- processes: torchrun starts them and says which one this is ----
+
+_patient = None                     # a group that waits for process 0 while it decodes or saves; the others' limit is a minute
+
+
+def join_processes(device: str) -> None:
+    """Meet the other processes that torchrun started, if it did."""
+    global _patient
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=1))
+    _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_process_first(load):
+    """`load()` in process 0, which may download and decode, then in the others, which find what it left."""
+    value = load() if rank() == 0 else None
+    wait_for_first()
+    return load() if rank() > 0 else value
+
+
+def wait_for_first() -> None:
+    """The others wait here, as long as it takes, for what process 0 alone does."""
+    if processes() > 1:
+        dist.barrier(_patient)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class _Gather(torch.autograd.Function):
+    """Every process computes the whole loss, so the gradient of its own rows is its own slice of what comes back.
+    DistributedDataParallel then averages over W processes where the whole is a sum, hence the W."""
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(processes())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(processes(), dim=1)[rank()] * processes()
+
+
+def gather_images(z: Tensor) -> Tensor:
+    """`(n, b / W, d)` of each of W processes -> `(n, b, d)` of all of them, on each; differentiable."""
+    return _Gather.apply(z.contiguous()) if processes() > 1 else z
+
+
+def distribute(encoder: torch.nn.Module) -> torch.nn.Module:
+    """`encoder` itself, or what runs it in step with the other processes and averages their gradients."""
+    if processes() == 1:
+        return encoder
+    if next(encoder.parameters()).is_cuda:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    else:
+        print("PyTorch synchronises BatchNorm on GPUs only: each process uses the statistics of its own images.")
+    return torch.nn.parallel.DistributedDataParallel(encoder)
+
+
+def agree_on_buffers(encoder: torch.nn.Module) -> None:
+    """Process 0's BatchNorm statistics for all: those of unsynchronised processes differ."""
+    if processes() > 1:
+        for buffer in encoder.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def progress(*args, **kwargs) -> tqdm:
+    return tqdm(*args, dynamic_ncols=True, disable=rank() > 0, **kwargs)
+
+
 # ---- the machine and the command line ----
 
 def pick_device(wanted: str) -> str:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device)
     except Exception as error:                                  # torch raises many kinds for a device it lacks
@@ -441,7 +667,7 @@ def provenance(device: str) -> dict:
     except OSError:                                             # no git on this machine
         commit = ""
     return {"command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]), "commit": commit or "unknown",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "torchvision": torchvision.__version__},
             "hardware": describe_device(device), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
@@ -465,31 +691,93 @@ def human_time(seconds: float) -> str:
 
 
 def parse_flags(config: type, argv: list[str] | None, description: str):
-    """A flag for each field of the dataclass `config`; returns an instance."""
+    """A flag for each field of the dataclass `config`; returns an instance. With `--resume` the run's own settings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in dataclasses.fields(config):
+    fields = dataclasses.fields(config)
+    for f in fields:
         how = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
         parser.add_argument("--" + f.name.replace("_", "-"), **how, **f.metadata)
-    return config(**vars(parser.parse_args(argv)))
+    unset = object()
+    flags = vars(parser.parse_args(argv, argparse.Namespace(**{f.name: unset for f in fields})))
+    flags = {name: value for name, value in flags.items() if value is not unset}
+    if "resume" in flags:
+        for name in flags:
+            if name not in ("resume", "device", "data_dir", "save_every"):
+                raise UsageError(f"--resume goes on with the run's own settings; leave --{name.replace('_', '-')} out "
+                                 f"(--device, --data-dir and --save-every may change).")
+        try:
+            stored = json.loads((Path(flags["resume"]) / "config.json").read_text())
+            flags = {f.name: stored[f.name] for f in fields} | flags
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(f"There is no run to go on with in {flags['resume']}; "
+                             f"give --resume a folder below {RUNS} that holds a config.json.") from None
+    return config(**flags)
+
+
+def settings(config, presets: dict):
+    """Resolve what is `auto` or left to the preset, and refuse what cannot work."""
+    config.device = pick_device(config.device)
+    if config.preset == "auto":
+        config.preset = "laptop" if config.device == "cpu" else "paper"
+    if config.precision == "auto":
+        config.precision = "bf16" if fast_bf16(config.device) else "float32"
+    if config.eval_only and not config.checkpoint:
+        raise UsageError("--eval-only needs an encoder to probe; name one with --checkpoint runs/<name>/encoder.pt.")
+    if config.checkpoint:
+        if not (config.eval_only or config.export_features):
+            raise UsageError("--checkpoint goes with --eval-only or --export-features; add the one you want.")
+        for name, value in load_checkpoint(config.checkpoint)["architecture"].items():
+            if getattr(config, name) not in (None, value):
+                raise UsageError(f"{config.checkpoint} has another architecture, its {name} is {value} and not "
+                                 f"{getattr(config, name)}; leave --{name.replace('_', '-')} out.")
+            setattr(config, name, value)
+    for name, value in presets[config.preset].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    for name, least in dict(patches=2, batch=1, epochs=1, patch_size=1, hidden=1, dim=1, eval_patches=1).items():
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
+    if config.eval_augmentation == "grid" and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
+        raise UsageError(f"--eval-patches {config.eval_patches} makes no even grid; give a square such as 1, 4, 9 or 16.")
+    if config.name is not None and not re.fullmatch(r"\w[\w.=+-]{0,99}", config.name):
+        raise UsageError(f"--name {config.name!r} is no plain folder name; use up to 100 letters, digits and -._=+ only.")
+    for name in ("lr", "eps2"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UsageError(f"--{name} is {getattr(config, name)}; it must be a positive number.")
+    if config.export_features and not Path(config.export_features).absolute().parent.is_dir():
+        raise UsageError(f"--export-features {config.export_features} is in no folder that exists; make it first.")
+    return config
 
 
 @contextlib.contextmanager
 def mistakes_in_one_sentence():
-    """What a user can mend ends the program with one sentence and code 2, a loss that is not finite with code 1."""
+    """What a user can mend ends the program with one sentence and code 2; a loss that is not finite, or a lost process,
+    with code 1; a signal with 128 + its number."""
     try:
         yield
+        leave_processes()
     except UsageError as error:
-        stop(error, 2)
-    except torch.OutOfMemoryError:
-        stop("The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
+        stop(f"error: {error}", 2, once=True)
+    except Stopped as error:
+        number, sentence = error.args
+        stop(sentence, 128 + number, once=True)
     except FloatingPointError as error:
-        stop(error, 1)
+        stop(f"error: {error}", 1, once=True)
+    except torch.OutOfMemoryError:
+        stop("error: The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        stop(f"The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
+        stop(f"error: The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
+    except RuntimeError as error:
+        if processes() == 1:
+            raise
+        stop(f"error: Process {rank()} of {processes()} lost the others and ends ({str(error).splitlines()[0]}); see what they "
+             f"say, then go on with --resume.", 1)
 
 
-def stop(reason, code: int) -> None:
-    print(f"error: {reason}", file=sys.stderr)
+def stop(sentence: str, code: int, once: bool = False) -> None:
+    """Say why and exit; `once`: said by process 0 alone, as all the others end for the same reason."""
+    if not once or os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -113,6 +113,17 @@ def check_patches(images: Tensor, index: Tensor, params: Tensor, s: int) -> None
         raise ValueError(f"a patch side of {s} pixels makes no patch; it must be at least 1.")
 
 
+def check_crops(images: Tensor, index: Tensor, params: Tensor) -> None:
+    """Values, where `check_patches` looks at types: on a GPU this waits for the device."""
+    (N, _, H, W), (top, left, height, width) = images.shape, params[..., :4].unbind(-1)
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < N):
+        raise ValueError(f"index reaches outside the {N} images.")
+    order = params[..., 9]
+    if not ((params[..., :4] == params[..., :4].floor()).all(-1) & (top >= 0) & (left >= 0) & (height >= 1) & (width >= 1)
+            & (top + height <= H) & (left + width <= W) & (order >= 0) & (order < 24)).all():
+        raise ValueError(f"a crop is not whole pixels inside its {H}x{W} image, or an order is no code below 24.")
+
+
 # ---- logdet_spd ----
 
 @torch.library.custom_op("empssl::logdet_spd", mutates_args=())

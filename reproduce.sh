@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash reproduce.sh          set up, train, probe, draw: CIFAR-10 if it is there or can be downloaded, else shapes
 # bash reproduce.sh test     set up, run the tests
+# bash reproduce.sh test-long  the same, and the CPU ops under sanitizers and under the oldest PyTorch supported (downloaded)
 # bash reproduce.sh gpu      on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
 # else .venv is made here, on top of that Python's torch and torchvision if it has them.
@@ -39,10 +40,14 @@ main)
     "$PY" empssl.py --dataset "$dataset" "${recipe[@]}" --name "$name"
     "$PY" report.py "runs/$name"
     ;;
-test)
+test|test-long)
     setup dev,figures pytest hypothesis matplotlib sklearn pybind11 ninja setuptools
     "$PY" setup.py --quiet build_ext --inplace      # nothing to do where it is up to date
     "$PY" -m pytest
+    if [ "$command" = test-long ]; then
+        bash tests/sanitize.sh "$PY"
+        bash tests/other_torch.sh "$PY"
+    fi
     ;;
 gpu)
     setup dev pytest hypothesis pybind11 ninja setuptools
@@ -56,7 +61,7 @@ gpu)
     "$PY" report.py --readme
     ;;
 *)
-    echo "error: there is no command '$command'; the commands are: (none), test, gpu." >&2
+    echo "error: there is no command '$command'; the commands are: (none), test, test-long, gpu." >&2
     exit 2
     ;;
 esac

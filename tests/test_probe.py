@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from empssl import Augmentation, Encoder, K, embed, extract_patches, generator, knn_probe, linear_probe, sample_patches
+from empssl import (Augmentation, Encoder, K, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
+                    sample_patches)
 
 
 def blobs(N, classes=10, d=20, spread=0.3, seed=0):
@@ -85,10 +86,29 @@ def test_embed_averages_the_representation_of_an_images_patches(encoder):
     torch.testing.assert_close(h, expected)
 
 
+@pytest.mark.parametrize("n,tops,lefts", [(1, [6], [14]), (4, [0, 0, 12, 12], [0, 28, 0, 28]),
+                                          (9, [0] * 3 + [6] * 3 + [12] * 3, [0, 14, 28] * 3)])
+def test_the_evaluation_grid_is_even_and_the_same_for_each_image(n, tops, lefts):
+    """A quarter of a 32 x 48 image is 20 x 20, which leaves room for 12 x 28."""
+    params = grid_patches(3, n, (32, 48))
+    assert params[:, 0, 0].tolist() == tops and params[:, 0, 1].tolist() == lefts
+    assert params[0, 0].tolist()[2:] == [20, 20, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert (params[..., 2:] == params[0, 0, 2:]).all() and (params == params[:, :1]).all()
+
+
+def test_embed_without_augmentation_averages_the_grid(encoder):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    crops = torch.stack([images[:, :, top:top + 16, left:left + 16] for top in (0, 16) for left in (0, 16)])
+    encoder.eval()
+    with torch.no_grad():
+        expected = encoder.representation(crops.flatten(0, 1) / 127.5 - 1).view(4, 2, -1).mean(0)
+    torch.testing.assert_close(embed(encoder, images, patches=4), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_embed_keeps_the_order_of_many_images(encoder):
     images = torch.randint(0, 256, (1100, 1, 1, 1), dtype=torch.uint8).expand(-1, 3, 16, 16)       # more than a batch
-    h = embed(encoder, images, patches=2)
-    torch.testing.assert_close(h[700:], embed(encoder, images[700:], patches=2), atol=1e-5, rtol=1e-5)
+    h = embed(encoder, images, patches=4)
+    torch.testing.assert_close(h[700:], embed(encoder, images[700:], patches=4), atol=1e-5, rtol=1e-5)
 
 
 def test_encoder_shapes_and_unit_rows():

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,20 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)            # 
 COMMANDS = [line.split("#")[0].strip() for language, block in BLOCKS if not language for line in block.splitlines()]
 
 
-def test_the_readmes_commands_parse():
+def test_the_readmes_commands_parse(in_tmp):
     python = [shlex.split(c) for c in COMMANDS if c.startswith("python empssl.py")]
-    assert len(python) >= 4
+    python += [["python", *shlex.split(c)[2:]] for c in COMMANDS if c.startswith("torchrun")]
+    assert len(python) >= 6
     for command in python:
+        if "--resume" in command:
+            io.RunFolder(command[-1], asdict(empssl.Config()))
         config = io.parse_flags(empssl.Config, command[2:], "")
         assert config.dataset in io.DATASETS
     scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
     assert scripts == ["bash reproduce.sh", "bash reproduce.sh test"]
-    known = re.findall(r"^(\w+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
-    assert set(known) == {"main", "test", "gpu"}
-    assert all(c.split()[0] in ("python", "bash", "pip") for c in COMMANDS)
+    known = re.findall(r"^([\w|-]+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
+    assert known == ["main", "test|test-long", "gpu"]
+    assert all(c.split()[0] in ("python", "bash", "pip", "torchrun") for c in COMMANDS)
 
 
 def test_reproduce_refuses_an_unknown_command():

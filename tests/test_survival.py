@@ -1,0 +1,277 @@
+"""Runs that are stopped, killed, damaged, or spread over processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import empssl
+import empssl_io as io
+import kill
+import two_processes
+from empssl import main
+from test_run import SHAPES, short_runs     # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("in_tmp")
+RUN = [*SHAPES, "--epochs", "4"]            # 60 images, batches of 20: 12 steps
+
+
+def weights(name):
+    return torch.load(io.RUNS / name / "encoder.pt", weights_only=True)["weights"]
+
+
+def assert_equal_weights(a, b):
+    assert all(torch.equal(weights(a)[key], value) for key, value in weights(b).items())
+
+
+def stop_after(step, monkeypatch, number=signal.SIGTERM):
+    """Send this process the signal in that step of the next training."""
+    steps, asked = [], io.RunFolder.asked
+
+    def send_then_ask(folder):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        return asked(folder)
+    monkeypatch.setattr(io.RunFolder, "asked", send_then_ask)
+
+
+@pytest.mark.parametrize("step", [2, 3, 7, 12])                     # in an epoch, at an epoch's end, at the very end
+def test_a_stopped_run_goes_on_to_the_same_weights_and_records(step, monkeypatch, capsys):
+    whole = main([*RUN, "--name", "whole"])
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(SystemExit) as stop:
+            main([*RUN, "--name", "stopped"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"after step {step} of 12" in said and "--resume runs/stopped" in said
+    resumed = main(["--resume", "runs/stopped"])
+    assert_equal_weights("whole", "stopped")
+    changes = ("train_seconds", "probe_seconds", "patches_per_second")
+    same = lambda record: {k: v for k, v in record.items() if k not in changes}
+    assert same(resumed) == same(whole)
+    records = lambda name: [same(r) for r in io.RunFolder(io.RUNS / name, {}, resume=True).records() if "resumed" not in r]
+    assert records("stopped") == records("whole")
+
+
+def test_sigint_has_a_code_of_its_own_and_handlers_are_put_back(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    stop_after(2, monkeypatch, signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, "--name", "stopped"])
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = ("import os, signal, time, empssl_io as io\n"
+            "folder = io.RunFolder('runs/x', {})\n"
+            "with folder.catching_signals():\n"
+            "    for pause in (0, 0.2, 1.0):\n"                     # the second comes within a second: torchrun's echo
+            "        time.sleep(pause); os.kill(os.getpid(), signal.SIGINT); print('alive', flush=True)\n")
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stdout.count("alive") == 2
+
+
+def damage_by_cutting(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def damage_one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage_by_zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [damage_by_cutting, damage_one_bit, damage_by_zeros, Path.unlink], ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, monkeypatch, capsys):
+    main([*RUN, "--name", "whole"])
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        with pytest.raises(SystemExit):
+            main([*RUN, "--name", "stopped"])
+    damage(io.RUNS / "stopped" / "checkpoint.pt")
+    capsys.readouterr()
+    main(["--resume", "runs/stopped"])
+    if damage is not Path.unlink:                   # one that is not there: killed between the two renames
+        assert "checkpoint.pt is damaged; going on from runs/stopped/checkpoint-previous.pt, of step 6" in capsys.readouterr().out
+    assert_equal_weights("whole", "stopped")
+
+
+def test_two_damaged_checkpoints_are_a_sentence(monkeypatch, capsys):
+    stop_after(7, monkeypatch)
+    with pytest.raises(SystemExit):
+        main([*RUN, "--name", "stopped"])
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        damage_one_bit(io.RUNS / "stopped" / name)
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", "runs/stopped"])
+    assert stop.value.code == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(monkeypatch, capsys):
+    stop_after(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        main([*RUN, "--name", "stopped"])
+
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, ("code-was-run",))
+    torch.save({"step": Code()}, io.RUNS / "stopped" / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", "runs/stopped"])
+    assert stop.value.code == 2 and not Path("code-was-run").exists()
+
+
+def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(monkeypatch, capsys):
+    stop_after(7, monkeypatch)
+    saved = []
+
+    def full(state, out, save=torch.save):
+        saved.append(state.get("step"))
+        if saved[-1] == 7:
+            out.write(b"half of it")
+            raise OSError(28, "No space left on device", "checkpoint.pt")
+        save(state, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit) as stop:
+            main([*RUN, "--name", "stopped"])
+    assert stop.value.code == 2 and "disk is full" in capsys.readouterr().err
+    assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 6
+    assert not list((io.RUNS / "stopped").glob(".*"))
+
+
+def test_checkpoints_come_by_the_clock(monkeypatch):
+    steps = []
+    save = io.RunFolder.save
+    monkeypatch.setattr(io.RunFolder, "save", lambda folder, state: steps.append(state["step"]) or save(folder, state))
+    main([*RUN, "--name", "each", "--save-every", "0"])
+    assert steps == list(range(1, 13))
+    steps.clear()
+    main([*RUN, "--name", "few"])
+    assert steps == [3, 6, 9, 12]
+
+
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(monkeypatch):
+    loss, calls = empssl.empssl_loss, []
+    monkeypatch.setattr(empssl, "empssl_loss", lambda *a: loss(*a) * (float("nan") if calls.append(1) or len(calls) == 5 else 1))
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, "--name", "broken", "--save-every", "0"])
+    saved = torch.load("runs/broken/checkpoint.pt", weights_only=True)
+    assert stop.value.code == 1 and saved["step"] == 4 and all(w.isfinite().all() for w in saved["encoder"].values())
+
+
+@pytest.mark.parametrize("arguments,sentence", [
+    (["--resume", "runs/nothing"], "There is no run to go on with in runs/nothing"),
+    (["--resume", "runs/done", "--lr", "0.2"], "leave --lr out"),
+    (["--resume", "runs/broken"], "There is no run to go on with in runs/broken"),
+], ids=lambda x: x[-1] if isinstance(x, list) else "")
+def test_what_cannot_be_resumed(arguments, sentence, capsys):
+    (io.RUNS / "broken").mkdir(parents=True)
+    (io.RUNS / "broken" / "config.json").write_text('{"dataset": ')
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(capsys):
+    record = main([*RUN, "--name", "done"])
+    before = {p.name: p.read_bytes() for p in (io.RUNS / "done").iterdir()}
+    assert main(["--resume", "runs/done"]) == record and "finished" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in (io.RUNS / "done").iterdir()} == before
+
+
+def test_force_overwrites(capsys):
+    main([*RUN, "--name", "demo"])
+    main([*SHAPES, "--name", "demo", "--seed", "1", "--force"])
+    assert json.loads((io.RUNS / "demo" / "config.json").read_text())["seed"] == 1
+    assert torch.load("runs/demo/checkpoint.pt", weights_only=True)["step"] == 3
+
+
+def test_killed_runs_end_in_the_weights_of_a_whole_one(tmp_path):
+    outcome = kill.kill_and_resume(tmp_path, kills=3, epochs=3)
+    assert outcome["equal_weights"] and outcome["kills"] == 3
+
+
+# ---- several processes ----
+
+def torchrun(*arguments, processes=2, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                             *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
+    started = torchrun(ROOT / "tests" / "two_processes.py", tmp_path)
+    assert started.wait() == 0, started.stdout.read()
+    alone = two_processes.training(steps=3)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for ours in both:
+        assert ours["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name in ("gradients", "weights", "features"):
+            torch.testing.assert_close(ours[name], alone[name], rtol=1e-5, atol=1e-6)
+        assert ours["knn"] == alone["knn"]
+    for step, patches in enumerate(alone["seen"]):                  # (3*8, 3, 16, 16): each cut its half of the images
+        halves = [ours["seen"][step].unflatten(0, (3, 4)) for ours in both]
+        assert torch.equal(torch.cat(halves, 1), patches.unflatten(0, (3, 8)))
+
+
+@pytest.fixture
+def shapes_run():
+    def start(*arguments, processes=2):
+        return torchrun(ROOT / "empssl.py", *SHAPES, "--subset", 2000, *arguments, processes=processes)
+    return start
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_torchrun_trains_stops_by_sigterm_and_goes_on(shapes_run):
+    run = io.RUNS / "two"
+    started = shapes_run("--epochs", "30", "--name", "two", "--save-every", "0")
+    wait_for((run / "checkpoint.pt").exists, started)
+    started.send_signal(signal.SIGTERM)
+    output = started.communicate(timeout=60)[0]
+    assert started.returncode != 0 and output.count("to go on: python empssl.py --resume runs/two") == 1
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["step"] < 3000
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"epochs": -(-saved["step"] // 100), "save_every": 5}))
+    again = torchrun(ROOT / "empssl.py", "--resume", run)
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output
+    assert output.count("linear probe 0") == 1 and "each process uses the statistics of its own images" in output
+
+
+def test_a_rank_that_dies_ends_the_others_within_a_minute_with_a_message(shapes_run):
+    started = shapes_run("--epochs", "30", "--name", "two", "--save-every", "0")
+    wait_for((io.RUNS / "two" / "checkpoint.pt").exists, started)
+    children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    begun = time.monotonic()
+    output = started.communicate(timeout=60)[0]
+    assert time.monotonic() - begun < 60 and started.returncode != 0 and "lost the others" in output
+    torch.load(io.RUNS / "two" / "checkpoint.pt", weights_only=True)
+
+
+def test_a_batch_that_cannot_be_split_is_refused_once(shapes_run):
+    started = shapes_run("--batch", "21", "--name", "two")
+    output = started.communicate(timeout=120)[0]
+    assert started.returncode != 0 and output.count("--batch 21 is split over 2 processes") == 1
