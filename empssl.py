@@ -57,7 +57,7 @@ class Config:
     lr: float = flag(None, "learning rate at the start")
     lam: float = flag(None, "lambda, weight of the invariance term")
     eps2: float = flag(0.2, "squared distortion of the coding rate")
-    backbone: str = flag(None, "encoder's backbone", choices=("resnet18", "small"))
+    backbone: str = flag(None, "encoder's backbone", choices=io.BACKBONES)
     hidden: int = flag(None, "width of the representation, the features that are probed")
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
@@ -682,13 +682,8 @@ def run(config: Config) -> dict:
     if config.patch_size is None:
         # The paper resizes a patch to its image's size; Tiny ImageNet's patches (our recipe) stay native.
         config.patch_size = min(32 if config.dataset == "tinyimagenet" else 224, H, W)
-    if config.patch_size > min(H, W):
-        raise UsageError(f"--patch-size {config.patch_size} makes a crop larger than the {H}x{W} images; lower it.")
     training = not config.checkpoint
-    if training and config.batch > N:
-        raise UsageError(f"--batch {config.batch} is larger than the data set's {N} training images; lower it.")
-    if training and config.batch % io.processes():
-        raise UsageError(f"--batch {config.batch} is split over {io.processes()} processes; give a multiple of that.")
+    io.check_sizes(config, N, H, W, training)
     augmentation, at_eval = augmentations(config, H, W)
     data = io.to_device(data, config.device)
     encoder = new_encoder(config)
@@ -728,6 +723,7 @@ def run(config: Config) -> dict:
               f" linear probe of raw pixels {record['raw_pixels_top1']:.4f}, of the untrained encoder "
               f"{record['untrained_top1']:.4f}")
     record |= {"probe_seconds": time.perf_counter() - started, "device": io.describe_device(config.device)}
+    record |= io.peak_memory(config.device)
     folder.log(record)
     print(f"written to {folder.path}; to draw it: python report.py {folder.path}")
     return record

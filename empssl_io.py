@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 RUNS = Path("runs")                 # one folder a run, and `.cache` for decoded images and baseline figures
 CACHE = RUNS / ".cache"
+BACKBONES = ("resnet18", "small")
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "imagenet100", "imagefolder", "shapes")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -69,8 +70,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     1 % unreadable images, and a download that fails.
     """
     data_dir = Path(data_dir)
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"--image-size is {image_size}; it must be at least 1 pixel.")
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise UsageError(f"--image-size is {image_size}; it must lie between 1 and 4096 pixels.")
     if image_size is not None and name in ("cifar10", "cifar100", "shapes"):
         raise UsageError(f"{name} images are always 32x32; --image-size is for image folders.")
     if name in ("cifar10", "cifar100"):
@@ -227,6 +228,8 @@ def _read_image(file: Path, size: int) -> np.ndarray | Exception:
     """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I"):                      # 16 bits, which PIL would cut off at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             image = image.convert("RGB")
         scale = size / min(image.size)
         if scale != 1:
@@ -492,7 +495,8 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {name: type(value) for name, value in content["architecture"].items()}
-        if kinds != dict(backbone=str, patch_size=int, hidden=int, dim=int) or not isinstance(content["weights"], dict):
+        if (kinds != dict(backbone=str, patch_size=int, hidden=int, dim=int) or not isinstance(content["weights"], dict)
+                or content["architecture"]["backbone"] not in BACKBONES):
             raise ValueError
     except Exception:                                           # random bytes, a pickle with code, another program's
         raise UsageError(f"{path} is no encoder that this program saved; "
@@ -505,7 +509,7 @@ def load_weights(encoder: torch.nn.Module, path: str | Path) -> None:
         encoder.load_state_dict(load_checkpoint(path)["weights"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} has weights of another architecture than it says "
-                         f"({str(error).splitlines()[-1].strip()}); give the encoder.pt of a run.") from None
+                         f"({str(error).splitlines()[-1].strip()[:200]}); give the encoder.pt of a run.") from None
 
 
 def save_features(path: Path, **arrays) -> None:
@@ -658,6 +662,18 @@ def describe_device(device: str) -> str:
     return f"{device} ({name}, {torch.get_num_threads()} threads)"
 
 
+def peak_memory(device: str) -> dict:
+    """Bytes: the most that this process has held so far, on the host and on the GPU."""
+    peak = {}
+    with contextlib.suppress(ImportError):                      # not on Windows
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.startswith("cuda"):
+        peak["peak_gpu_memory"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
 def provenance(device: str) -> dict:
     """What a figure needs beside it to be trusted and repeated."""
     here = Path(__file__).parent
@@ -744,9 +760,40 @@ def settings(config, presets: dict):
     for name in ("lr", "eps2"):
         if not 0 < getattr(config, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be a positive number.")
-    if config.export_features and not Path(config.export_features).absolute().parent.is_dir():
-        raise UsageError(f"--export-features {config.export_features} is in no folder that exists; make it first.")
+    if not 0 <= config.lam < math.inf:
+        raise UsageError(f"--lam is {config.lam}; it must be 0 or more.")
+    if not config.save_every >= 0:
+        raise UsageError(f"--save-every is {config.save_every}; it must be 0 or more minutes.")
+    if not 0 <= config.seed < 2 ** 63:
+        raise UsageError(f"--seed is {config.seed}; it must lie between 0 and 2^63 - 1.")
+    if config.export_features is not None:
+        target = Path(config.export_features)
+        if "\0" in str(target) or target.is_dir() or not target.absolute().parent.is_dir():
+            raise UsageError(f"--export-features {config.export_features!r} is no file in a folder that exists; "
+                             f"name one, such as features.npz.")
     return config
+
+
+def check_sizes(config, N: int, H: int, W: int, training: bool) -> None:
+    """Refuse, before anything is written, sizes that do not fit the data or this machine."""
+    n, b, s, hidden = config.patches, config.batch, config.patch_size, config.hidden
+    if s > min(H, W):
+        raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
+    if config.backbone == "small" and s < 5:
+        raise UsageError(f"--patch-size {s} leaves the small backbone nothing after its three strides; give 5 or more.")
+    if training and b > N:
+        raise UsageError(f"--batch {b} is larger than the data set's {N} training images; lower it.")
+    if training and b % processes():
+        raise UsageError(f"--batch {b} is split over {processes()} processes; give a multiple of that.")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if training and 12 * n * b * s * s > memory * processes():
+        raise UsageError(f"--batch {b} times --patches {n} are {12 * n * b * s * s / 2 ** 30:,.0f} GiB of patches, more than "
+                         f"this machine's memory; lower one of them.")
+    if 12 * hidden * (hidden + config.dim) > memory:            # weights, gradients, momentum of the projector
+        raise UsageError(f"--hidden {hidden} and --dim {config.dim} make a projector larger than this machine's memory; "
+                         f"lower one of them.")
+    if 12 * config.eval_patches * s * s > memory:
+        raise UsageError(f"--eval-patches {config.eval_patches} of one image are more than this machine's memory; lower it.")
 
 
 @contextlib.contextmanager
@@ -766,9 +813,12 @@ def mistakes_in_one_sentence():
     except torch.OutOfMemoryError:
         stop("error: The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            stop(f"error: The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
+        if error.filename is None:
             raise
-        stop(f"error: The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
+        stop(f"error: {error.filename2 or error.filename} cannot be read or written ({error.strerror}); "
+             f"what was written before is kept.", 2)
     except RuntimeError as error:
         if processes() == 1:
             raise

@@ -84,27 +84,35 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
         config = json.loads((run / "config.json").read_text())
         return config, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
-        io.stop(f"{run} is no run's folder; give one, for instance: python report.py runs/demo", 2)
+        raise io.UsageError(f"{run} is no run's folder; give one, for instance: python report.py runs/demo")
 
 
 def keep_record(run: Path) -> None:
     config, records = read_run(run)
     if "linear_top1" not in records[-1]:
-        io.stop(f"{run} has not been probed to its end; there is nothing to keep.", 2)
+        raise io.UsageError(f"{run} has not been probed to its end; there is nothing to keep.")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{run.name}.json"
-    path.write_text(json.dumps({"name": run.name} | config | {"metrics": records[-1]}, indent=1) + "\n")
+    resumed = [r["resumed"] | {"step": r["step"]} for r in records if "resumed" in r]
+    record = {"name": run.name} | config | ({"resumed": resumed} if resumed else {}) | {"metrics": records[-1]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"kept as {path}")
 
 
+def memory(metrics: dict) -> str:
+    parts = [f"{metrics[key] / 2 ** 30:.1f} GiB{where}" for key, where in (("peak_memory", ""), ("peak_gpu_memory", " of the GPU"))
+             if metrics.get(key)]
+    return ", ".join(parts) or "not measured"
+
+
 def runs_table() -> str:
-    rows = ["| data | preset | epochs | patches seen | training | linear | kNN | untrained | raw pixels | hardware | seed | record |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| data | preset | epochs | patches seen | training | probing | peak memory | linear | kNN | untrained | raw pixels | hardware | seed | record |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
         m, data = r["metrics"], r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
         rows.append(f"| {data} | {r['preset']} | {r['epochs']} | {m['patches_seen']:,} | "
-                    f"{m['train_seconds']:.0f} s | {m['linear_top1']:.3f} | {m['knn_top1']:.3f} | {m['untrained_top1']:.3f} | "
+                    f"{m['train_seconds']:.0f} s | {m['probe_seconds']:.0f} s | {memory(m)} | {m['linear_top1']:.3f} | {m['knn_top1']:.3f} | {m['untrained_top1']:.3f} | "
                     f"{m['raw_pixels_top1']:.3f} | {r['hardware']} | {r['seed']} | [{path.stem}](results/{path.name}) |")
     return "\n".join(rows)
 
@@ -142,7 +150,7 @@ def main(argv: list[str]) -> None:
     elif len(argv) == 1 and not argv[0].startswith("-"):
         draw(Path(argv[0]))
     else:
-        io.stop("give a run's folder, --record and a run's folder, or --readme.", 2)
+        raise io.UsageError("give a run's folder, --record and a run's folder, or --readme.")
 
 
 def draw(run: Path) -> None:
@@ -150,14 +158,11 @@ def draw(run: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        io.stop("drawing needs matplotlib and scikit-learn; install them with pip install -e '.[figures]'.", 2)
+        raise io.UsageError("drawing needs matplotlib and scikit-learn; install them with pip install -e '.[figures]'.")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    try:
-        data = io.load_dataset(config["dataset"], config["data_dir"], config["image_size"], config["subset"], config["seed"])
-    except io.UsageError as error:
-        io.stop(error, 2)
+    data = io.load_dataset(config["dataset"], config["data_dir"], config["image_size"], config["subset"], config["seed"])
     draw_patches(plt, config, data, run / "patches.png")
     draw_curves(plt, records, run / "curves.png")
     drawn = ["patches.png", "curves.png"]
@@ -168,4 +173,5 @@ def draw(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with io.mistakes_in_one_sentence():
+        main(sys.argv[1:])
