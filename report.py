@@ -128,6 +128,9 @@ def ops_table() -> str:
         r = rows.get(device, {}).get(key)
         if r is None:
             return "not measured"
+        if "fraction_of_the_step" in r:
+            return (f"{r['patches'] / r['seconds']:,.0f} patches/s: {r['fraction_of_copy_bandwidth']:.0%} of the copy bandwidth, "
+                    f"{r['fraction_of_float32_rate']:.0%} of the float32 rate, {r['fraction_of_the_step']:.2%} of the ResNet-18 step")
         return f"{r['patches'] / r['seconds']:,.0f} patches/s" if "patches" in r else f"{r['seconds'] * 1e3:.1f} ms"
     lines = [f"| op | what | CPU: {found['cpu']['hardware'] if 'cpu' in found else '-'} | "
              f"GPU: {found['cuda']['hardware'] if 'cuda' in found else 'not measured'} |", "|---|---|---|---|"]

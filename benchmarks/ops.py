@@ -141,7 +141,7 @@ def bench_patches(device, rows, s=32, b=100, n=20):
         print("  kornia is not installed: not measured")
     if device.type == "cuda":
         bench_common_part(device, row, images, index, b, sets)
-        bench_floor(device, rows, images, s, b)
+        bench_floors(device, rows, images, s, b)
 
 
 def bench_common_part(device, row, images, index, b, sets, n=200, s=16):
@@ -161,19 +161,39 @@ def bench_common_part(device, row, images, index, b, sets, n=200, s=16):
         print("  triton-augment is not installed: not measured")
 
 
-def bench_floor(device, rows, images, s, b, n=200):
-    """20,000 patches in bfloat16 against the time to write them at the measured copy bandwidth."""
+OPERATIONS_A_PIXEL = 115    # float32: resize 34, jitter 56 (hue most), grey 1, blur 16 (13 + 13 taps, one patch in ten), normalise 8
+
+
+def bench_floors(device, rows, images, s, b, n=200):
+    """20,000 patches in bfloat16 against the time to write them at the measured copy bandwidth, the time of their
+    arithmetic at the measured float32 rate, and the ResNet-18 training step that they are for."""
     source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / median_seconds(lambda i: target.copy_(source), device)
+    square = torch.randn(4096, 4096, device=device)
+    with torch.no_grad():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        rate = 2 * 4096 ** 3 / median_seconds(lambda i: square @ square, device)
     params = empssl.sample_patches(b, n, (32, 32), empssl.Augmentation(), empssl.generator(0, "floor", 0)).to(device)
     index = torch.arange(b, device=device)
     t = median_seconds(lambda i: torch.ops.empssl.extract_patches(images, index, params, s, torch.bfloat16), device)
-    written = n * b * 3 * s * s * 2
-    rows.append({"op": "extract_patches", "name": "20,000 patches, bfloat16", "seconds": t, "patches": n * b, "s": s,
-                 "copy_bandwidth": bandwidth, "fraction_of_copy_bandwidth": written / t / bandwidth})
-    print(f"  20,000 patches in bfloat16: {t * 1e6:.0f} us, {written / t / bandwidth:.1%} of the copy bandwidth "
-          f"({bandwidth / 1e12:.2f} TB/s)")
+    encoder = empssl.Encoder("resnet18", s).to(device, memory_format=torch.channels_last)
+    x = torch.ops.empssl.extract_patches(images, index, params[:20], s, torch.bfloat16)
+
+    def step(i):                                            # a tenth of the 20,000: larger ones do not fit every GPU
+        encoder.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            encoder(x).float().sum().backward()
+    whole = 10 * median_seconds(step, device)
+    pixels = n * b * s * s
+    row = {"op": "extract_patches", "name": "20,000 patches, bfloat16", "seconds": t, "patches": n * b, "s": s,
+           "copy_bandwidth": bandwidth, "float32_rate": rate, "fraction_of_copy_bandwidth": pixels * 6 / t / bandwidth,
+           "fraction_of_float32_rate": pixels * OPERATIONS_A_PIXEL / t / rate, "resnet18_step_seconds": whole,
+           "fraction_of_the_step": t / whole}
+    rows.append(row)
+    print(f"  20,000 patches in bfloat16: {t * 1e6:.0f} us, {row['fraction_of_copy_bandwidth']:.1%} of the copy bandwidth "
+          f"({bandwidth / 1e12:.2f} TB/s), {row['fraction_of_float32_rate']:.1%} of the float32 rate "
+          f"({rate / 1e12:.0f} TFLOP/s), {row['fraction_of_the_step']:.2%} of the ResNet-18 step on them ({whole:.3f} s)")
 
 
 # ---- the peers of logdet_spd: forward and backward of the coding rate ----
@@ -221,7 +241,7 @@ def bench_coding_rate(device, rows, b=100, d=1024):
 def bench_logdet_sizes(device, rows):
     """The kernel alone against LAPACK or cuSOLVER by size: where to hand over."""
     print(f"logdet_spd by size, 20 matrices, forward with inverse, {device}")
-    for k in (16, 32, 64, 100, 128, 192, 256, 384, 512):
+    for k in (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024):
         X = torch.randn(20, k, k, device=device)
         A = X @ X.mT / k + torch.eye(k, device=device)
         theirs = median_seconds(lambda i: empssl.logdet_spd_ref(A), device, least=0.2)

@@ -2,6 +2,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+import empssl
+import empssl_io as io
+
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
 
@@ -9,6 +12,15 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Few shapes, few probe epochs: for tests that look at the record, not at the accuracy."""
+    draw = io._shapes
+    monkeypatch.setattr(io, "_shapes", lambda: draw(train=80, test=40))
+    probe = empssl.linear_probe
+    monkeypatch.setattr(empssl, "linear_probe", lambda *features: probe(*features, epochs=3))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io as bytes_io
 import os
 import tarfile
 import urllib.error
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from PIL import Image
 import empssl
 import empssl_io as io
 from empssl import Augmentation, Config, Encoder, empssl_loss, main
-from test_run import SHAPES, TINY, short_runs       # noqa: F401  (a fixture)
+from test_run import SHAPES, TINY
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = pytest.mark.usefixtures("in_tmp", "short_runs")
 within_a_test = dict(suppress_health_check=[HealthCheck.function_scoped_fixture])      # what a fixture sets up is shared
 
 

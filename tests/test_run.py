@@ -13,20 +13,11 @@ import empssl
 import empssl_io as io
 from empssl import Augmentation, Config, Encoder, main, train
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = pytest.mark.usefixtures("in_tmp", "short_runs")
 
 TINY = ["--preset", "laptop", "--device", "cpu", "--patches", "3", "--batch", "20", "--hidden", "16", "--dim", "8",
         "--eval-patches", "4"]
 SHAPES = ["--dataset", "shapes", "--subset", "60", *TINY]
-
-
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """Few shapes, few probe epochs: these tests look at the record, not at the accuracy."""
-    draw = io._shapes
-    monkeypatch.setattr(io, "_shapes", lambda: draw(train=80, test=40))
-    probe = empssl.linear_probe
-    monkeypatch.setattr(empssl, "linear_probe", lambda *features: probe(*features, epochs=3))
 
 
 def records(name):

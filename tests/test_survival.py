@@ -16,10 +16,10 @@ import empssl_io as io
 import kill
 import two_processes
 from empssl import main
-from test_run import SHAPES, short_runs     # noqa: F401  (a fixture)
+from test_run import SHAPES
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = pytest.mark.usefixtures("in_tmp", "short_runs")
 RUN = [*SHAPES, "--epochs", "4"]            # 60 images, batches of 20: 12 steps
 
 
