@@ -28,7 +28,7 @@ def implementation(op: str, device: torch.device, size: int, dtype: torch.dtype)
         return False, f"there is no kernel for {dtype}"
     if device.type == "cuda":
         if not _empssl.cuda:
-            return False, "the module was built without CUDA (no nvcc found)"
+            return False, "the module was built without CUDA: no nvcc, or none that works"
         if reason := _unusable(device.index if device.index is not None else torch.cuda.current_device()):
             return False, reason
         with torch.cuda.device(device):

@@ -70,14 +70,30 @@ def architectures(nvcc: Path) -> list[int]:
     return [a for a in ARCHITECTURES if f"sm_{a}" in known]
 
 
+class BuildError(Exception):
+    """What the compilers said."""
+
+
 class NinjaBuild(build_ext):
     """One edge a source file and instruction set, all in parallel, rebuilt only when something changed."""
 
     def build_extension(self, ext):
+        cuda = find_cuda() if wants_cuda() else None
+        try:
+            self.build(ext, cuda)
+        except BuildError as error:
+            if not cuda or os.environ.get("EMPSSL_CUDA") == "1":
+                raise SystemExit(f"{error}\nempssl: the compiled ops could not be built (see above).") from None
+            print(error, file=sys.stderr)
+            say(f"{cuda / 'bin' / 'nvcc'} could not compile the CUDA kernels, so the ops are built for the CPU alone; "
+                f"EMPSSL_CUDA=1 pip install -v -e . shows why.")
+            self.build(ext, None)
+
+    def build(self, ext, cuda: Path | None):
         import ninja
         import pybind11
 
-        cxx, cuda = find_cxx(), find_cuda() if wants_cuda() else None
+        cxx = find_cxx()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -118,7 +134,7 @@ class NinjaBuild(build_ext):
         (folder / "build.ninja").write_text(rules + "".join(edges) + f"build {escape(module)}: link {' '.join(objects)}\n")
         done = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], capture_output=not self.verbose, text=True)
         if done.returncode:
-            raise SystemExit(f"{done.stdout or ''}{done.stderr or ''}\nempssl: the compiled ops could not be built (see above).")
+            raise BuildError(f"{done.stdout or ''}{done.stderr or ''}")
         say(f"compiled ops built for the CPU{' and for CUDA sm_' + ', sm_'.join(map(str, archs)) if cuda else ', without CUDA'}.")
 
 
@@ -135,4 +151,4 @@ else:
     extensions = [Extension("_empssl", [])]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild},
-      setup_requires=["nvidia-cuda-nvcc", "nvidia-cuda-runtime"] if needs_cuda_wheels() else [])
+      setup_requires=["nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl"] if needs_cuda_wheels() else [])
