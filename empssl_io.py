@@ -495,7 +495,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {name: type(value) for name, value in content["architecture"].items()}
-        if (kinds != dict(backbone=str, patch_size=int, hidden=int, dim=int) or not isinstance(content["weights"], dict)
+        if (kinds != dict(backbone=str, patch_size=int, hidden=int, projector=int, dim=int) or not isinstance(content["weights"], dict)
                 or content["architecture"]["backbone"] not in BACKBONES):
             raise ValueError
     except Exception:                                           # random bytes, a pickle with code, another program's
@@ -518,6 +518,12 @@ def save_features(path: Path, **arrays) -> None:
               if v is not None}
     save_atomically(path, lambda out: np.savez(out, **arrays))
     wait_for_first()
+
+
+def export(h: list[Tensor | None], data: Dataset, path: str) -> None:
+    save_features(path, train_features=h[0], train_labels=data.train_labels, test_features=h[1],
+                  test_labels=data.test_labels, files=data.files, classes=data.classes or None)
+    print(f"features of {len(h[0]):,} training images written to {path}")
 
 
 def remembered(key: str, compute) -> dict:
@@ -750,7 +756,7 @@ def settings(config, presets: dict):
     for name, value in presets[config.preset].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    for name, least in dict(patches=2, batch=1, epochs=1, patch_size=1, hidden=1, dim=1, eval_patches=1).items():
+    for name, least in dict(patches=2, batch=1, epochs=1, patch_size=1, hidden=1, projector=1, dim=1, eval_patches=1).items():
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
     if config.eval_augmentation == "grid" and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
@@ -789,9 +795,9 @@ def check_sizes(config, N: int, H: int, W: int, training: bool) -> None:
     if training and 12 * n * b * s * s > memory * processes():
         raise UsageError(f"--batch {b} times --patches {n} are {12 * n * b * s * s / 2 ** 30:,.0f} GiB of patches, more than "
                          f"this machine's memory; lower one of them.")
-    if 12 * hidden * (hidden + config.dim) > memory:            # weights, gradients, momentum of the projector
-        raise UsageError(f"--hidden {hidden} and --dim {config.dim} make a projector larger than this machine's memory; "
-                         f"lower one of them.")
+    if 12 * (config.projector * (hidden + config.dim) + 512 * hidden) > memory:      # weights, gradients, momentum
+        raise UsageError(f"--hidden {hidden}, --projector {config.projector} and --dim {config.dim} make a network larger than "
+                         f"this machine's memory; lower one of them.")
     if 12 * config.eval_patches * s * s > memory:
         raise UsageError(f"--eval-patches {config.eval_patches} of one image are more than this machine's memory; lower it.")
 
@@ -829,5 +835,5 @@ def mistakes_in_one_sentence():
 def stop(sentence: str, code: int, once: bool = False) -> None:
     """Say why and exit; `once`: said by process 0 alone, as all the others end for the same reason."""
     if not once or os.environ.get("RANK", "0") == "0":
-        print(sentence, file=sys.stderr, flush=True)
+        print(" ".join(sentence.split()), file=sys.stderr, flush=True)          # one line, whatever was typed
     sys.exit(code)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import empssl_io as io      # noqa: E402
 
 RECIPE = ["--dataset", "shapes", "--subset", "800", "--preset", "laptop", "--device", "cpu", "--batch", "20", "--patches", "4",
-          "--hidden", "256", "--dim", "64", "--eval-patches", "1", "--save-every", "0"]        # 40 steps an epoch
+          "--hidden", "256", "--projector", "256", "--dim", "64", "--eval-patches", "1", "--save-every", "0"]        # 40 steps an epoch
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

@@ -149,7 +149,7 @@ def test_damaged_caches_are_decoded_again(damage, where, cut, tmp_path):
 
 @pytest.fixture
 def good_checkpoint():
-    io.save_encoder(Path("good.pt"), Encoder("small", 16, hidden=16, dim=8))
+    io.save_encoder(Path("good.pt"), Encoder("small", 16, hidden=16, projector=16, dim=8))
     return Path("good.pt").read_bytes()
 
 
@@ -174,11 +174,11 @@ def test_any_bytes_as_a_checkpoint(data, good_checkpoint, capsys):
 
 
 @pytest.mark.parametrize("change", [
-    {"architecture": {"backbone": "small", "patch_size": 16, "hidden": 10 ** 9, "dim": 8}},
-    {"architecture": {"backbone": "small", "patch_size": 16, "hidden": -1, "dim": 8}},
-    {"architecture": {"backbone": "huge", "patch_size": 16, "hidden": 16, "dim": 8}},
-    {"architecture": {"backbone": "small", "patch_size": 2, "hidden": 16, "dim": 8}},
-    {"architecture": {"backbone": "small", "patch_size": "16", "hidden": 16, "dim": 8}},
+    {"architecture": {"backbone": "small", "patch_size": 16, "hidden": 10 ** 9, "projector": 16, "dim": 8}},
+    {"architecture": {"backbone": "small", "patch_size": 16, "hidden": -1, "projector": 16, "dim": 8}},
+    {"architecture": {"backbone": "huge", "patch_size": 16, "hidden": 16, "projector": 16, "dim": 8}},
+    {"architecture": {"backbone": "small", "patch_size": 2, "hidden": 16, "projector": 16, "dim": 8}},
+    {"architecture": {"backbone": "small", "patch_size": "16", "hidden": 16, "projector": 16, "dim": 8}},
     {"architecture": {"epochs": 5}},
     {"architecture": []},
     {"weights": []},
@@ -236,7 +236,7 @@ def test_odd_data_train_and_probe(what, image_set):
 
 def test_the_smallest_batch():
     record = main(["--dataset", "shapes", "--subset", "3", "--preset", "laptop", "--device", "cpu", "--patches", "2", "--batch", "1",
-                   "--hidden", "16", "--dim", "8", "--eval-patches", "1", "--name", "small"])
+                   "--hidden", "16", "--projector", "16", "--dim", "8", "--eval-patches", "1", "--name", "small"])
     assert np.isfinite(record["R"]) and -1 <= record["D"] <= 1
 
 
@@ -266,7 +266,7 @@ def test_a_memory_mapped_data_set_is_not_read_into_memory(tmp_path):
     with open(tmp_path / "train.u8", "wb") as out:
         out.truncate(N * 3 * side * side)
     images = torch.from_file(str(tmp_path / "train.u8"), size=N * 3 * side * side, dtype=torch.uint8).view(N, 3, side, side)
-    encoder = Encoder("small", 16, hidden=16, dim=8)
+    encoder = Encoder("small", 16, hidden=16, projector=16, dim=8)
     config = Config(patches=2, batch=1000, patch_size=16, lr=0.1, lam=2.0, precision="float32")
     before = anonymous_memory()
     peaks = []

@@ -367,7 +367,7 @@ def test_a_training_with_kernels_and_one_with_references_agree(device, monkeypat
             monkeypatch.setattr(empssl_ops, "_missing", "left out", raising=False)
         torch.manual_seed(0)
         losses.append([])
-        empssl.train(empssl.Encoder("small", 16, hidden=64, dim=32).to(device), images, config, Augmentation())
+        empssl.train(empssl.Encoder("small", 16, hidden=64, projector=64, dim=32).to(device), images, config, Augmentation())
     ours, theirs = ([x.item() for x in run] for run in losses)
     assert len(ours) == 20 and ours != theirs and ours == pytest.approx(theirs, rel=1e-2)
     assert ours[:10] == pytest.approx(theirs[:10], rel=1e-4)

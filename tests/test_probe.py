@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from empssl import (Augmentation, Encoder, K, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
-                    sample_patches)
+                    sample_patches, whiten)
 
 
 def blobs(N, classes=10, d=20, spread=0.3, seed=0):
@@ -70,7 +70,7 @@ def test_knn_by_hand():
 
 @pytest.fixture
 def encoder():
-    encoder = Encoder("small", 16, hidden=12, dim=8)
+    encoder = Encoder("small", 16, hidden=12, projector=12, dim=8)
     encoder(torch.randn(64, 3, 16, 16))                             # BatchNorm statistics of some kind
     return encoder
 
@@ -111,13 +111,28 @@ def test_embed_keeps_the_order_of_many_images(encoder):
     torch.testing.assert_close(h[700:], embed(encoder, images[700:], patches=4), atol=1e-5, rtol=1e-5)
 
 
+def test_whitening_starts_the_first_convolution_at_unit_variance_without_correlation():
+    """On images whose channels and neighbours are strongly correlated; filters come with both signs."""
+    smooth = F.interpolate(torch.rand(300, 1, 8, 8) * torch.rand(300, 3, 1, 1), size=32, mode="bilinear")
+    images = (255 * (smooth + 0.1 * torch.rand(300, 3, 32, 32)).clamp(0, 1)).to(torch.uint8)
+    first = torch.nn.Conv2d(3, 60, 3, stride=2, padding=1, bias=False)
+    whiten(first, images)
+    y = F.conv2d(images / 127.5 - 1, first.weight, stride=3).transpose(0, 1).flatten(1)          # (60, places)
+    covariance = y[:27].cov()
+    strong = covariance.diagonal() > 0.5                            # weak components are held back by the 1e-3
+    assert strong.sum() >= 5
+    torch.testing.assert_close(covariance[strong][:, strong], torch.eye(int(strong.sum())), atol=0.3, rtol=0)
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 0.05
+    assert torch.equal(first.weight[27:54], -first.weight[:27]) and 0.3 < y[54:].var(1).mean() < 1.1
+
+
 def test_encoder_shapes_and_unit_rows():
     for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 384)):
-        encoder = Encoder(backbone, s, hidden=24, dim=6)
+        encoder = Encoder(backbone, s, hidden=24, projector=24, dim=6)
         x = torch.randn(4, 3, s, s)
         assert encoder.backbone(x).shape == (4, width) and encoder.representation(x).shape == (4, 24)
         torch.testing.assert_close(encoder(x).norm(dim=1), torch.ones(4))
-    assert encoder.architecture == dict(backbone="small", patch_size=16, hidden=24, dim=6)
+    assert encoder.architecture == dict(backbone="small", patch_size=16, hidden=24, projector=24, dim=6)
 
 
 def test_the_papers_network():

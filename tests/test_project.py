@@ -43,7 +43,7 @@ def test_reproduce_refuses_an_unknown_command():
 
 def test_the_readmes_python_runs(in_tmp):
     """The five lines that load an encoder, as printed."""
-    encoder = empssl.Encoder("small", 16, hidden=16, dim=8)
+    encoder = empssl.Encoder("small", 16, hidden=16, projector=16, dim=8)
     (in_tmp / "runs" / "photos").mkdir(parents=True)
     io.save_encoder(in_tmp / "runs" / "photos" / "encoder.pt", encoder)
     (code,) = [block for language, block in BLOCKS if language == "python"]
@@ -87,7 +87,7 @@ def test_pictures(in_tmp, capsys):
     pytest.importorskip("sklearn")
     from PIL import Image
 
-    empssl.main(["--dataset", "shapes", "--subset", "60", "--patches", "2", "--batch", "20", "--hidden", "16", "--dim", "8",
+    empssl.main(["--dataset", "shapes", "--subset", "60", "--patches", "2", "--batch", "20", "--hidden", "16", "--projector", "16", "--dim", "8",
                  "--eval-patches", "1", "--preset", "laptop", "--device", "cpu", "--name", "demo"])
     report.main(["runs/demo"])
     for name in ("patches", "curves", "tsne"):

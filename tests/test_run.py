@@ -15,7 +15,7 @@ from empssl import Augmentation, Config, Encoder, main, train
 
 pytestmark = pytest.mark.usefixtures("in_tmp", "short_runs")
 
-TINY = ["--preset", "laptop", "--device", "cpu", "--patches", "3", "--batch", "20", "--hidden", "16", "--dim", "8",
+TINY = ["--preset", "laptop", "--device", "cpu", "--patches", "3", "--batch", "20", "--hidden", "16", "--projector", "16", "--dim", "8",
         "--eval-patches", "4"]
 SHAPES = ["--dataset", "shapes", "--subset", "60", *TINY]
 
@@ -27,7 +27,7 @@ def records(name):
 def tiny_training(steps=10, **kwargs):
     config = Config(**dict(patches=3, batch=8, patch_size=16, lr=0.1, lam=2.0, precision="float32") | kwargs)
     torch.manual_seed(5)
-    encoder = Encoder("small", 16, hidden=16, dim=8)
+    encoder = Encoder("small", 16, hidden=16, projector=16, dim=8)
     images = torch.randint(0, 256, (steps * config.batch + 3, 3, 32, 32), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(5))
     return encoder, images, config
@@ -53,7 +53,7 @@ def test_one_step_by_hand(monkeypatch):
     """The first step's loss and weights from the public pieces alone."""
     encoder, images, config = tiny_training(steps=1)
     torch.manual_seed(5)
-    ours = Encoder("small", 16, hidden=16, dim=8)
+    ours = Encoder("small", 16, hidden=16, projector=16, dim=8)
     order = torch.randperm(len(images), generator=empssl.generator(0, "order", 0))[:8]
     params = empssl.sample_patches(8, 3, (32, 32), Augmentation(), empssl.generator(0, "patches", 0))
     z = ours(empssl.extract_patches(images, order, params, 16)).view(3, 8, 8)
@@ -81,13 +81,15 @@ def test_training_lowers_the_loss(monkeypatch):
 
 def test_an_epoch_shows_every_image_once_and_the_cosine_ends_at_zero(monkeypatch):
     encoder, images, config = tiny_training(steps=5, epochs=2)
-    seen, rates = [], []
+    seen, drawn, rates = [], [], []
     cut, step = empssl.cut, empssl.LARS.step
-    monkeypatch.setattr(empssl, "cut", lambda images, index, *rest: seen.append(index) or cut(images, index, *rest))
+    monkeypatch.setattr(empssl, "cut", lambda images, index, params, *rest: seen.append(index) or drawn.append(params)
+                        or cut(images, index, params, *rest))
     monkeypatch.setattr(empssl.LARS, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     metrics = train(encoder, images, config, Augmentation())
     first, second = torch.cat(seen[:5]), torch.cat(seen[5:])
     assert len(first.unique()) == len(second.unique()) == 40 and not torch.equal(first, second)
+    assert not any(torch.equal(drawn[i], drawn[j]) for i in range(10) for j in range(i))        # new patches at each step
     assert rates == [pytest.approx(0.05 * (1 + math.cos(math.pi * t / 10))) for t in range(10)]
     assert metrics["patches_seen"] == 10 * 8 * 3
 
@@ -232,11 +234,11 @@ def test_mistakes(arguments, sentence, in_tmp, capsys):
     (in_tmp / "text.pt").write_text("hello")
     torch.save({"state_dict": {}}, "foreign.pt")
     torch.save({"architecture": print, "weights": Exploding()}, "code.pt")
-    small = Encoder("small", 16, hidden=16, dim=8)
+    small = Encoder("small", 16, hidden=16, projector=16, dim=8)
     io.save_encoder("good.pt", small)
     io.save_encoder("odd.pt", small)
     odd = torch.load("odd.pt", weights_only=True)
-    torch.save(odd | {"weights": Encoder("small", 16, hidden=4, dim=8).state_dict()}, "odd.pt")
+    torch.save(odd | {"weights": Encoder("small", 16, hidden=4, projector=4, dim=8).state_dict()}, "odd.pt")
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -13,7 +13,7 @@ class Plain(empssl.Encoder):
     """No BatchNorm, so that an image's embedding depends on that image alone."""
 
     def __init__(self):
-        super().__init__("small", 16, hidden=12, dim=8)
+        super().__init__("small", 16, hidden=12, projector=12, dim=8)
         self.backbone = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.ReLU(), nn.Flatten())
         self.represent = nn.Sequential(nn.Linear(96, 12), nn.ReLU())
         self.project = nn.Linear(12, 8)
