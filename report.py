@@ -4,7 +4,8 @@
                                              patches.png  images beside patches that training cut from them
                                              curves.png   R, D and holdout accuracy against steps
                                              tsne.png     test features in the plane, coloured by class
-    python report.py --record runs/<name>    keep the run's figures and where they come from as results/<name>.json
+    python report.py --record runs/<name> [folder]
+                                             keep the run's figures and where they come from as results/[folder/]<name>.json
     python report.py --readme                write README.md's tables anew from results/
 """
 
@@ -87,12 +88,12 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
         raise io.UsageError(f"{run} is no run's folder; give one, for instance: python report.py runs/demo")
 
 
-def keep_record(run: Path) -> None:
+def keep_record(run: Path, folder: str = ".") -> None:
     config, records = read_run(run)
     if "linear_top1" not in records[-1]:
         raise io.UsageError(f"{run} has not been probed to its end; there is nothing to keep.")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{run.name}.json"
+    path = RESULTS / folder / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     resumed = [r["resumed"] | {"step": r["step"]} for r in records if "resumed" in r]
     record = {"name": run.name} | config | ({"resumed": resumed} if resumed else {}) | {"metrics": records[-1]}
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -117,6 +118,17 @@ def runs_table() -> str:
     return "\n".join(rows)
 
 
+def memory_table() -> str:
+    rows = ["| preset | batch | patches | patch | on | peak memory |", "|---|---|---|---|---|---|"]
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) + sorted(RESULTS.glob("memory/*.json"))]
+    for r in records:
+        if "peak_memory" in r["metrics"]:
+            rows.append(f"| {r['preset']} | {r['batch']} | {r['patches']} | {r['patch_size']}x{r['patch_size']} | "
+                        f"{r['device']}, {r['precision']} | {memory(r['metrics'])} |")
+    return "\n".join(rows + [f"| {preset} | | | | GPU | not measured |" for preset in empssl.PRESETS
+                             if not any(r["preset"] == preset and r["device"].startswith("cuda") for r in records)])
+
+
 def ops_table() -> str:
     """Each op against its peers, from benchmarks/ops.py; GPU cells stay "not measured" until it has run on one."""
     found = {device: json.loads(path.read_text()) for device in ("cpu", "cuda")
@@ -138,7 +150,7 @@ def ops_table() -> str:
 
 
 def readme_with_tables(text: str) -> str:
-    for name, table in (("runs", runs_table()), ("ops", ops_table())):
+    for name, table in (("runs", runs_table()), ("memory", memory_table()), ("ops", ops_table())):
         start, end = f"<!-- {name}: written by report.py --readme -->", f"<!-- end of {name} -->"
         head, rest = text.split(start)
         text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
@@ -148,8 +160,8 @@ def readme_with_tables(text: str) -> str:
 def main(argv: list[str]) -> None:
     if argv == ["--readme"]:
         README.write_text(readme_with_tables(README.read_text()))
-    elif len(argv) == 2 and argv[0] == "--record":
-        keep_record(Path(argv[1]))
+    elif len(argv) in (2, 3) and argv[0] == "--record":
+        keep_record(Path(argv[1]), *argv[2:])
     elif len(argv) == 1 and not argv[0].startswith("-"):
         draw(Path(argv[0]))
     else:
