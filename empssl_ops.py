@@ -15,7 +15,7 @@ except ImportError as error:
 
 _references = {}            # by name, from empssl.py: what runs where no kernel does
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAPACK_FROM = 256           # side from which LAPACK is faster than the CPU kernel; benchmarks/ops.py measures it
+LAPACK_FROM = 512           # side from which LAPACK is as fast as the CPU kernel, as benchmarks/ops.py measured
 
 
 def implementation(op: str, device: torch.device, size: int, dtype: torch.dtype) -> tuple[bool, str]:

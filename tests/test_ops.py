@@ -264,7 +264,7 @@ def test_logdet_and_inverse(device, n, k, condition, seed, dtype):
 
 
 @on_each_device
-@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 100, 128, 200, 255, 256, 300, 500])
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 100, 128, 200, 255, 256, 300, 511, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sizes_on_both_sides_of_every_handover(device, k, dtype, isa):
     A = spd(3, k, device, dtype)
