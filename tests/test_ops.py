@@ -354,6 +354,20 @@ def test_without_the_module_the_references_run_and_say_so(monkeypatch):
 
 
 @on_each_device
+def test_solarize_inverts_from_128_up(device):
+    """The kernel and the reference, on both sides of the threshold."""
+    images = torch.tensor([127, 128], dtype=torch.uint8, device=device).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    params = one(height=8, width=8, solarize=1).expand(1, 2, K).contiguous().to(device)
+    for extracted in (extract, extract_patches_ref):
+        x = (extracted(images, torch.tensor([0, 1], device=device), params, 8, torch.float32) + 1) / 2 * 255
+        assert x[0].round().unique().tolist() == [127] and x[1].round().unique().tolist() == [127]
+        params[..., COLUMNS.index("solarize")] = 0
+        x = (extracted(images, torch.tensor([0, 1], device=device), params, 8, torch.float32) + 1) / 2 * 255
+        assert x[1].round().unique().tolist() == [128]
+        params[..., COLUMNS.index("solarize")] = 1
+
+
+@on_each_device
 def test_a_training_with_kernels_and_one_with_references_agree(device, monkeypatch):
     """Twenty steps, same seed, the paper's augmentation. Rounding alone tells the two apart, and twenty steps make more
     of it: seen were 1e-7 in the first ten and 2e-3 in the rest; allowed are 1e-4 and 1e-2."""
