@@ -688,7 +688,9 @@ def provenance(device: str) -> dict:
         commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except OSError:                                             # no git on this machine
         commit = ""
-    return {"command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]), "commit": commit or "unknown",
+    program = Path(sys.argv[0]).resolve()
+    program = str(program.relative_to(here.resolve())) if program.is_relative_to(here.resolve()) else program.name
+    return {"command": " ".join(["python", program, *sys.argv[1:]]), "commit": commit or "unknown",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "torchvision": torchvision.__version__},
             "hardware": describe_device(device), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

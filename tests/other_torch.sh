@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The build at hand, not built again, under the oldest PyTorch that is supported: tests/other_torch.sh PYTHON
 set -euo pipefail
-python=$1
+case $1 in /*) python=$1 ;; *) python=$PWD/$1 ;; esac        # it stays valid in another folder
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$(mktemp -d)
 trap 'rm -rf "$venv"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build and run the CPU ops under AddressSanitizer and UBSan, in a folder of its own: tests/sanitize.sh PYTHON
 set -euo pipefail
-python=$1
+case $1 in /*) python=$1 ;; *) python=$PWD/$1 ;; esac        # it stays valid in another folder
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
