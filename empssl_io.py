@@ -685,7 +685,7 @@ def provenance(device: str) -> dict:
     here = Path(__file__).parent
     git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True).stdout.strip()
     try:
-        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md") else "")
     except OSError:                                             # no git on this machine
         commit = ""
     program = Path(sys.argv[0]).resolve()
