@@ -12,6 +12,7 @@ import datetime
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -375,7 +376,7 @@ class RunFolder:
         def keep_the_previous():
             if path.exists():
                 os.replace(path, self.path / "checkpoint-previous.pt")
-        save_atomically(path, lambda out: torch.save(state, out), keep_the_previous)
+        save_atomically(path, lambda out: _save(state, out), keep_the_previous)
         wait_for_first()
         self.saved_at = time.monotonic()
 
@@ -480,11 +481,18 @@ def save_atomically(path: Path, write, before=lambda: None) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def _save(content: dict, out) -> None:
+    """`torch.save` by way of memory: straight to a file that cannot grow it raises an error of its own, not the disk's."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    out.write(buffer.getbuffer())
+
+
 def save_encoder(path: Path, encoder: torch.nn.Module) -> None:
     """Plain tensors and numbers, so that `torch.load(path, weights_only=True)` reads it."""
     weights = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
     content = {"architecture": encoder.architecture, "weights": weights}
-    save_atomically(path, lambda out: torch.save(content, out))
+    save_atomically(path, lambda out: _save(content, out))
     wait_for_first()
 
 
@@ -821,7 +829,7 @@ def mistakes_in_one_sentence():
     except torch.OutOfMemoryError:
         stop("error: The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"error: The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
         if error.filename is None:
             raise

@@ -136,21 +136,35 @@ def test_a_checkpoint_with_code_in_it_is_not_run(monkeypatch, capsys):
 
 def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(monkeypatch, capsys):
     stop_after(7, monkeypatch)
-    saved = []
 
-    def full(state, out, save=torch.save):
-        saved.append(state.get("step"))
-        if saved[-1] == 7:
+    def full(state, out, save=io._save):
+        if state.get("step") == 7:
             out.write(b"half of it")
             raise OSError(28, "No space left on device", "checkpoint.pt")
         save(state, out)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(io, "_save", full)
         with pytest.raises(SystemExit) as stop:
             main([*RUN, "--name", "stopped"])
     assert stop.value.code == 2 and "disk is full" in capsys.readouterr().err
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 6
     assert not list((io.RUNS / "stopped").glob(".*"))
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file that the system refuses to let grow, in a process of its own: no traceback, and what was whole stays."""
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "import empssl, empssl_io as io\n"
+            "save = io.RunFolder.save\n"
+            "def limited(folder, state):\n"
+            "    if state['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            "    save(folder, state)\n"
+            "io.RunFolder.save = limited\n"
+            f"empssl.main({[*RUN, '--name', 'demo', '--save-every', '0']!r})\n")
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "kept" in done.stderr.splitlines()[-1], done.stderr
+    assert torch.load("runs/demo/checkpoint.pt", weights_only=True)["step"] == 1
+    assert not list((io.RUNS / "demo").glob(".*"))
 
 
 def test_checkpoints_come_by_the_clock(monkeypatch):
