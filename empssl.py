@@ -704,7 +704,8 @@ def run(config: Config) -> dict:
         return {}
 
     folder = io.RunFolder(config.resume or io.RUNS / (config.name or io.default_name(config.dataset)),
-                          asdict(config) | io.provenance(config.device), config.resume, config.force, config.save_every)
+                          asdict(config) | io.provenance(config.device) | {"images": N, "data_key": data.key}, config.resume,
+                          config.force, config.save_every)
     if record := folder.finished():
         print(f"{folder.path} is finished: there is nothing to go on with.")
         return record
@@ -733,8 +734,7 @@ def run(config: Config) -> dict:
         print(f"linear probe {record['linear_top1']:.4f} (top-5 {record['linear_top5']:.4f}), kNN {record['knn_top1']:.4f};"
               f" linear probe of raw pixels {record['raw_pixels_top1']:.4f}, of the untrained encoder "
               f"{record['untrained_top1']:.4f}")
-    record |= {"probe_seconds": time.perf_counter() - started, "device": io.describe_device(config.device)}
-    record |= io.peak_memory(config.device)
+    record |= {"probe_seconds": time.perf_counter() - started} | io.describe_end(config.device)
     folder.log(record)
     print(f"written to {folder.path}; to draw it: python report.py {folder.path}")
     return record

@@ -404,6 +404,11 @@ class RunFolder:
                              f"start again with --name {self.path.name} --force and the run's flags (config.json has them).")
         if damaged:
             print(f"{damaged[0]} is damaged; going on from {self.path / 'checkpoint-previous.pt'}, of step {state['step']}.")
+        if state and state["config"].get("images") != self.config.get("images"):
+            raise UsageError(f"This run began with {state['config'].get('images')} training images and there are now "
+                             f"{self.config.get('images')}; give --data-dir the images it began with, or start a new run.")
+        if state and state["config"].get("data_key") != self.config.get("data_key"):
+            print("the images have changed since this run began, or lie elsewhere: the run goes on with what is there now.")
         if state and state["config"]["commit"] != self.config["commit"]:
             print(f"this run began with the code at {state['config']['commit']} and goes on with {self.config['commit']}: "
                   f"its end may differ from that of an unbroken run.")
@@ -676,9 +681,9 @@ def describe_device(device: str) -> str:
     return f"{device} ({name}, {torch.get_num_threads()} threads)"
 
 
-def peak_memory(device: str) -> dict:
-    """Bytes: the most that this process has held so far, on the host and on the GPU."""
-    peak = {}
+def describe_end(device: str) -> dict:
+    """The device, and the most bytes that this process has held so far, on the host and on the GPU."""
+    peak = {"device": describe_device(device)}
     with contextlib.suppress(ImportError):                      # not on Windows
         import resource
         unit = 1 if sys.platform == "darwin" else 1024

@@ -200,6 +200,22 @@ def test_what_cannot_be_resumed(arguments, sentence, capsys):
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
+def test_other_images_are_noticed(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(SystemExit):
+            main([*RUN, "--name", "stopped"])
+    load = io.load_dataset
+    with monkeypatch.context() as patch:
+        patch.setattr(empssl, "load_dataset", lambda *a: load(*a)._replace(train_images=load(*a).train_images[:40]))
+        with pytest.raises(SystemExit) as stop:
+            main(["--resume", "runs/stopped"])
+    assert stop.value.code == 2 and "began with 60 training images and there are now 40" in capsys.readouterr().err
+    monkeypatch.setattr(empssl, "load_dataset", lambda *a: load(*a)._replace(key="another"))
+    main(["--resume", "runs/stopped"])
+    assert "images have changed" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(capsys):
     record = main([*RUN, "--name", "done"])
     before = {p.name: p.read_bytes() for p in (io.RUNS / "done").iterdir()}
