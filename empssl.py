@@ -507,7 +507,7 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
 
             epoch_ends = i + 1 == steps
             signal, save = folder.asked() if folder else (0, False)
-            if (t + 1) % 10 == 0 or epoch_ends or save or signal:
+            if (t + 1) % 10 == 0 or t + 1 == first + 10 or epoch_ends or save or signal:
                 if bad_step >= 0:
                     raise FloatingPointError(f"The loss was not finite at step {int(bad_step) + 1} of {T}; what was "
                                              f"saved before is kept. Try a smaller --lr or --precision float32.")
