@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -578,26 +578,30 @@ def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Te
 
     The official protocol: SGD, momentum 0.9, weight decay 5e-5, cosine to 0; the gradient is written out because fifty
     thousand steps this small are mostly autograd's overhead. Unlike the official code, the accuracy is the last
-    epoch's rather than the best one seen on the test data, and no training feature is dropped.
+    epoch's rather than the best one seen on the test data, and no training feature is dropped. Under torchrun each
+    process has some columns of features and weights, and the logits are summed.
     """
-    device = train_features.device
+    device, hidden = train_features.device, train_features.shape[1]
+    ours = slice(io.rank() * hidden // io.processes(), (io.rank() + 1) * hidden // io.processes())
+    train_features, test_features = train_features[:, ours].contiguous(), test_features[:, ours].contiguous()
     y, test_labels = train_labels.to(device), test_labels.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = nn.Linear(train_features.shape[1], int(max(y.max(), test_labels.max())) + 1).to(device)
-    weight, bias = layer.weight, layer.bias                                     # (classes, hidden), (classes,)
+        layer = nn.Linear(hidden, int(max(y.max(), test_labels.max())) + 1).to(device)
+    weight, bias = layer.weight[:, ours].clone(), layer.bias                    # (classes, hidden / W), (classes,)
+    logits = lambda x: io.sum_over_processes(F.linear(x, weight)) + bias        # (batch, classes)
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
     target = F.one_hot(y, layer.out_features).to(weight)
     for epoch in io.progress(range(epochs), desc="linear probe", unit="epoch", leave=False):
         rate = cosine(lr, epoch, epochs)
         for index in torch.randperm(len(y), generator=generator(seed, "probe", epoch)).to(device).split(batch):
             x = train_features[index]
-            error = (F.softmax(F.linear(x, weight, bias), 1) - target[index]) / len(index)       # of the logits
+            error = (F.softmax(logits(x), 1) - target[index]) / len(index)       # of the logits
             weight_step.mul_(0.9).add_(weight, alpha=5e-5).addmm_(error.T, x)
             bias_step.mul_(0.9).add_(bias, alpha=5e-5).add_(error.sum(0))
             weight.sub_(weight_step, alpha=rate)
             bias.sub_(bias_step, alpha=rate)
-    guesses = F.linear(test_features, weight, bias).topk(min(5, len(bias)), dim=1).indices       # (M, 5)
+    guesses = logits(test_features).topk(min(5, len(bias)), dim=1).indices       # (M, 5)
     hits = guesses == test_labels.view(-1, 1)
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
 
@@ -692,8 +696,7 @@ def run(config: Config) -> dict:
     if config.patch_size is None:
         # The paper resizes a patch to its image's size; Tiny ImageNet's patches (our recipe) stay native.
         config.patch_size = min(32 if config.dataset == "tinyimagenet" else 224, H, W)
-    training = not config.checkpoint
-    io.check_sizes(config, N, H, W, training)
+    io.check_sizes(config, N, H, W)
     augmentation, at_eval = augmentations(config, H, W)
     data = io.to_device(data, config.device)
     encoder = new_encoder(config, data.train_images)
@@ -703,14 +706,12 @@ def run(config: Config) -> dict:
         io.export(features(encoder, data, config, at_eval), data, config.export_features)
         return {}
 
-    folder = io.RunFolder(config.resume or io.RUNS / (config.name or io.default_name(config.dataset)),
-                          asdict(config) | io.provenance(config.device) | {"images": N, "data_key": data.key}, config.resume,
-                          config.force, config.save_every)
+    folder = io.run_folder(config, data)
     if record := folder.finished():
         print(f"{folder.path} is finished: there is nothing to go on with.")
         return record
     record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
-    if training:
+    if not config.checkpoint:
         steps = N // config.batch * config.epochs
         print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
               f"{steps * config.batch * config.patches:,} patches of {config.patch_size}x{config.patch_size} to come")
@@ -731,13 +732,7 @@ def run(config: Config) -> dict:
     else:
         io.save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
         record |= probe(h, data, config, at_eval)
-        print(f"linear probe {record['linear_top1']:.4f} (top-5 {record['linear_top5']:.4f}), kNN {record['knn_top1']:.4f};"
-              f" linear probe of raw pixels {record['raw_pixels_top1']:.4f}, of the untrained encoder "
-              f"{record['untrained_top1']:.4f}")
-    record |= {"probe_seconds": time.perf_counter() - started} | io.describe_end(config.device)
-    folder.log(record)
-    print(f"written to {folder.path}; to draw it: python report.py {folder.path}")
-    return record
+    return folder.finish(record, time.perf_counter() - started)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -333,20 +334,25 @@ def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
 
 class RunFolder:
     """`runs/<name>/`: `config.json`, `metrics.jsonl` (a JSON object a line), `checkpoint.pt` and the one before it,
-    `encoder.pt`, `test_features.npz`. Under torchrun process 0 alone writes; every process must see the folder."""
+    `encoder.pt`, `test_features.npz`. Under torchrun process 0 alone writes; every process must see the folder. One run
+    at a time has it: a second one is refused, with `force` too."""
 
     def __init__(self, path: Path, config: dict, resume: bool = False, force: bool = False, save_every: float = math.inf):
         self.path, self.config, self.resume, self.save_every = Path(path), config, bool(resume), save_every
-        self.saved_at, self.signal = time.monotonic(), 0
-        if resume or rank() > 0:
+        self.saved_at, self.signal, self.writing = time.monotonic(), 0, None
+        self.writer = ThreadPoolExecutor(1)
+        self.saving = {"checkpoints": 0, "checkpoint_bytes": 0, "saving_seconds": 0.0}      # copying, then writing
+        if rank() > 0:
             return
-        if (self.path / "config.json").exists():
-            if not force:
-                raise UsageError(f"{self.path} holds a run already; go on with it by --resume {self.path}, choose another "
-                                 f"--name, or overwrite it with --force.")
-            shutil.rmtree(self.path)
+        if not resume and not force and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(f"{self.path} holds a run already; go on with it by --resume {self.path}, choose another "
+                             f"--name, or overwrite it with --force.")
         self.path.mkdir(parents=True, exist_ok=True)
-        save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
+        _claim(self.path)
+        for old in self.path.glob(".*.[0-9]*" if resume else "*"):      # what a kill left half written, or the run before
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        if not resume:
+            save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
 
     def log(self, record: dict) -> None:
         if rank() == 0:
@@ -364,21 +370,47 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
+    def finish(self, record: dict, probe_seconds: float) -> dict:
+        """Log and say what the run came to. Returns that record."""
+        record = record | {"probe_seconds": probe_seconds} | describe_end(self.config["device"]) | self.saving
+        self.log(record)
+        if "linear_top1" in record:
+            print(f"linear probe {record['linear_top1']:.4f} (top-5 {record['linear_top5']:.4f}), kNN {record['knn_top1']:.4f};"
+                  f" linear probe of raw pixels {record['raw_pixels_top1']:.4f}, of the untrained encoder "
+                  f"{record['untrained_top1']:.4f}")
+        print(f"written to {self.path}; to draw it: python report.py {self.path}")
+        return record
+
     # -- checkpoints --
 
     def save(self, state: dict) -> None:
-        """Keep `state` (plain tensors, numbers, dicts and lists) as `checkpoint.pt`. The one before is only renamed, so
-        that one of the two is whole at every moment."""
-        path = self.path / "checkpoint.pt"
-        state = state | {"config": self.config}
-        state["digest"] = _digest(state) if rank() == 0 else ""
+        """Keep `state` (plain tensors, numbers, dicts and lists) as `checkpoint.pt`: copied now, written by a thread
+        while training goes on. The one before is only renamed, so that one of the two is whole at every moment."""
+        self.written()
+        started = time.perf_counter()
+        if rank() == 0:
+            self.writing = self.writer.submit(self._write, _copied(state | {"config": self.config}))
+        self.saved_at = time.monotonic()
+        self.saving["saving_seconds"] += time.perf_counter() - started
+
+    def _write(self, state: dict) -> None:
+        started, path = time.perf_counter(), self.path / "checkpoint.pt"
+        state["digest"] = _digest(state)
 
         def keep_the_previous():
             if path.exists():
                 os.replace(path, self.path / "checkpoint-previous.pt")
         save_atomically(path, lambda out: _save(state, out), keep_the_previous)
+        self.saving["checkpoints"] += 1
+        self.saving["checkpoint_bytes"] = path.stat().st_size
+        self.saving["saving_seconds"] += time.perf_counter() - started
+
+    def written(self) -> None:
+        """Wait for the checkpoint that is being written; raises what stopped it."""
+        if self.writing:
+            self.writing, writing = None, self.writing
+            writing.result()
         wait_for_first()
-        self.saved_at = time.monotonic()
 
     def finished(self) -> dict | None:
         """The last record of a run that has come to its end."""
@@ -404,6 +436,8 @@ class RunFolder:
                              f"start again with --name {self.path.name} --force and the run's flags (config.json has them).")
         if damaged:
             print(f"{damaged[0]} is damaged; going on from {self.path / 'checkpoint-previous.pt'}, of step {state['step']}.")
+        if state is None:
+            print(f"{self.path} holds no checkpoint yet: its training begins anew.")
         if state and state["config"].get("images") != self.config.get("images"):
             raise UsageError(f"This run began with {state['config'].get('images')} training images and there are now "
                              f"{self.config.get('images')}; give --data-dir the images it began with, or start a new run.")
@@ -424,7 +458,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def catching_signals(self):
-        """SIGTERM and Ctrl-C are noted, for `asked`; a second one ends the process at once."""
+        """SIGTERM, Ctrl-C and a closed terminal are noted, for `asked`; a second one ends the process at once. All is
+        written at the end."""
         def note(number, frame):
             # torchrun passes on what the terminal has already sent, so one within the second is no second one.
             if self.signal and time.monotonic() - self.signalled_at > 1:
@@ -432,19 +467,69 @@ class RunFolder:
                 signal.raise_signal(number)
             if not self.signal:
                 self.signal, self.signalled_at = number, time.monotonic()
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in _signals()}
         try:
-            yield
+            try:
+                yield
+            except Stopped:
+                self.written()
+                raise
+            self.written()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def asked(self) -> tuple[int, bool]:
-        """The signal to stop for (0: none), and whether a checkpoint is due: one answer for all processes."""
+        """The signal to stop for (0: none), and whether a checkpoint is due: one answer for all processes. Raises what
+        stopped a checkpoint from being written."""
+        if self.writing and self.writing.done():
+            self.writing.result()
         answer = torch.tensor([self.signal, time.monotonic() - self.saved_at > 60 * self.save_every])
         if processes() > 1:
             dist.all_reduce(answer, dist.ReduceOp.MAX, group=_patient)
         return int(answer[0]), bool(answer[1])
+
+
+def run_folder(config, data: Dataset) -> RunFolder:
+    """`runs/<name>`, or the folder that is resumed, with this run's settings and where its figures come from."""
+    path = config.resume or RUNS / (config.name or default_name(config.dataset))
+    about = dataclasses.asdict(config) | provenance(config.device) | {"images": len(data.train_images), "data_key": data.key}
+    return RunFolder(path, about, config.resume, config.force, config.save_every)
+
+
+_claimed: dict[Path, int] = {}      # run folders that this process holds, each with its open descriptor
+
+
+def _claim(folder: Path) -> None:
+    """Hold a folder until `release_folders`, or until the process ends however it does; refuse if another process does."""
+    with contextlib.suppress(ImportError):                      # not on Windows
+        import fcntl
+        if folder.resolve() in _claimed:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(f"Another process is at work in {folder}; wait for it or stop it first.") from None
+        except OSError:                                         # a file system without locks
+            os.close(descriptor)
+            return
+        _claimed[folder.resolve()] = descriptor
+
+
+def release_folders() -> None:
+    while _claimed:
+        os.close(_claimed.popitem()[1])
+
+
+def _copied(value):
+    """`value` with its tensors copied to the host, so that training may go on changing its own."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _digest(state: dict) -> str:
@@ -462,6 +547,14 @@ def _digest(state: dict) -> str:
             digest.update(repr(value).encode())
     add("", {k: v for k, v in state.items() if k != "digest"})
     return digest.hexdigest()
+
+
+def _signals() -> list[int]:
+    """What asks a run to stop: Ctrl-C, SIGTERM and, unless nohup has it ignored, a terminal that closes."""
+    if threading.current_thread() is not threading.main_thread():       # Python handles signals in that one alone
+        return []
+    wanted = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    return [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Stopped(Exception):
@@ -482,6 +575,10 @@ def save_atomically(path: Path, write, before=lambda: None) -> None:
             os.fsync(out.fileno())
         before()
         os.replace(scratch, path)
+        with contextlib.suppress(OSError):                      # the new name too; Windows cannot flush a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -795,9 +892,9 @@ def settings(config, presets: dict):
     return config
 
 
-def check_sizes(config, N: int, H: int, W: int, training: bool) -> None:
+def check_sizes(config, N: int, H: int, W: int) -> None:
     """Refuse, before anything is written, sizes that do not fit the data or this machine."""
-    n, b, s, hidden = config.patches, config.batch, config.patch_size, config.hidden
+    n, b, s, hidden, training = config.patches, config.batch, config.patch_size, config.hidden, not config.checkpoint
     if s > min(H, W):
         raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
     if config.backbone == "small" and s < 5:
@@ -821,6 +918,10 @@ def check_sizes(config, N: int, H: int, W: int, training: bool) -> None:
 def mistakes_in_one_sentence():
     """What a user can mend ends the program with one sentence and code 2; a loss that is not finite, or a lost process,
     with code 1; a signal with 128 + its number."""
+    def stopped(number, frame):
+        to_go_on = "".join(f"; to go on: python empssl.py --resume {os.path.relpath(folder)}" for folder in _claimed)
+        raise Stopped(number, f"stopped; what was written before is kept{to_go_on}")
+    before = {number: signal.signal(number, stopped) for number in _signals()}
     try:
         yield
         leave_processes()
@@ -836,6 +937,9 @@ def mistakes_in_one_sentence():
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"error: The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)
+        if error.errno in (errno.EPIPE, errno.EIO) and error.filename is None:
+            sys.stdout = open(os.devnull, "w")
+            stop("error: Nobody reads this program's output any more; what was written to its run folder is kept.", 1)
         if error.filename is None:
             raise
         stop(f"error: {error.filename2 or error.filename} cannot be read or written ({error.strerror}); "
@@ -845,10 +949,15 @@ def mistakes_in_one_sentence():
             raise
         stop(f"error: Process {rank()} of {processes()} lost the others and ends ({str(error).splitlines()[0]}); see what they "
              f"say, then go on with --resume.", 1)
+    finally:
+        release_folders()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop(sentence: str, code: int, once: bool = False) -> None:
     """Say why and exit; `once`: said by process 0 alone, as all the others end for the same reason."""
     if not once or os.environ.get("RANK", "0") == "0":
-        print(" ".join(sentence.split()), file=sys.stderr, flush=True)          # one line, whatever was typed
+        with contextlib.suppress(OSError):                      # the terminal may have gone
+            print(" ".join(sentence.split()), file=sys.stderr, flush=True)      # one line, whatever was typed
     sys.exit(code)

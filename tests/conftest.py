@@ -20,7 +20,7 @@ def short_runs(monkeypatch):
     draw = io._shapes
     monkeypatch.setattr(io, "_shapes", lambda: draw(train=80, test=40))
     probe = empssl.linear_probe
-    monkeypatch.setattr(empssl, "linear_probe", lambda *features: probe(*features, epochs=3))
+    monkeypatch.setattr(empssl, "linear_probe", lambda *features, epochs=3: probe(*features, epochs=epochs))
 
 
 @pytest.fixture

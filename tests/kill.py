@@ -68,6 +68,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int, seed: int = 0) -> dic
         process.communicate()
         writing += bool(list(run.glob(".checkpoint.pt.*")))
         saved = io.RunFolder(run, json.loads((run / "config.json").read_text()), resume=True).load()
+        io.release_folders()
         steps.append(saved["step"] if saved else 0)
         done += 1
         process = start(folder, "--resume", "runs/killed")

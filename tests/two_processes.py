@@ -32,8 +32,11 @@ def training(steps: int = 1) -> dict:
     empssl.LARS.step, empssl.empssl_loss, empssl.cut = step, loss, cut
     h = empssl.embed(encoder, images, patches=4)
     y = torch.arange(len(h)) % 2
+    torch.manual_seed(1)
+    random = torch.randn(300, 7), torch.randint(0, 9, (300,)), torch.randn(300, 7), torch.randint(0, 9, (300,))
     return {"gradients": gradients, "losses": [x.item() for x in losses], "seen": seen, "features": h,
-            "weights": [p.detach() for p in encoder.parameters()], "knn": empssl.knn_probe(h, y, h, y, k=3)}
+            "weights": [p.detach() for p in encoder.parameters()], "knn": empssl.knn_probe(h, y, h, y, k=3),
+            "linear": empssl.linear_probe(*random, epochs=5)}
 
 
 if __name__ == "__main__":
