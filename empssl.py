@@ -32,9 +32,7 @@ __all__ = ["load_dataset", "Augmentation", "sample_patches", "extract_patches", 
            "coding_rate", "invariance", "empssl_loss", "LARS", "train", "embed", "linear_probe", "knn_probe", "main"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: every field is a flag (--patch-size ...); a preset is a set of other defaults.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Configuration: every field is a flag (--patch-size ...); a preset is a set of other defaults -------------------
 
 def flag(default, help: str, **options):
     return field(default=default, metadata={"help": help, **options})
@@ -51,17 +49,23 @@ class Config:
     epochs: int = flag(1, "passes over the training images; the cosine ends with the last")
     patches: int = flag(None, "n, patches an image")
     patch_size: int = flag(None, "s, side of a patch in pixels after resizing")
+    size_schedule: str = flag(None, "sides and shares of training, as 16:0.7,32:0.3 (S3L): small patches first")
     augmentation: str = flag(None, "of the training patches", choices=("paper", "light"))
     batch: int = flag(None, "b, images a batch")
     lr: float = flag(None, "learning rate at the start")
     lam: float = flag(None, "lambda, weight of the invariance term")
     eps2: float = flag(0.2, "squared distortion of the coding rate")
+    optimizer: str = flag("lars", "of every weight", choices=("lars", "sgd", "adamw"))
+    weight_decay: float = flag(1e-4, "not of biases and BatchNorm, with LARS")
+    eta: float = flag(0.005, "trust coefficient of LARS")
     backbone: str = flag(None, "encoder's backbone", choices=io.BACKBONES)
+    drop_last_stage: bool = flag(False, "leave the backbone's last stage out (S3L)")
     hidden: int = flag(None, "width of the representation, the features that are probed")
     projector: int = flag(None, "width between the representation and the embedding")
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
-    eval_augmentation: str = flag(None, "of those: as in training, or crops alone on an even grid", choices=("train", "grid"))
+    eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid, or the image whole",
+                                  choices=("train", "grid", "whole"))
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
@@ -93,10 +97,8 @@ def generator(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches (paper section 3.1): crop a quarter of the image, resize, flip, jitter, grey, blur, solarize.
+# ---- Patches (paper section 3.1): crop a quarter of the image, resize, flip, jitter, grey, blur, solarize -----------
 # Sampling draws the numbers that describe each patch; extracting is a pure function of them.
-# ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Augmentation:
@@ -123,7 +125,7 @@ def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augment
     """For training and for evaluation. "light" suits small encoders: less colour, no blur, no solarizing."""
     light = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0) if config.augmentation == "light" else {}
     train = Augmentation(ratio=(1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3), **light)
-    return train, train if config.eval_augmentation == "train" else None
+    return train, {"train": train, "whole": Augmentation.none(area=(1.0, 1.0))}.get(config.eval_augmentation)
 
 
 COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
@@ -132,14 +134,16 @@ K = len(COLUMNS)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))       # (24, 4): order code -> jitter operations
 
 
-def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Augmentation,
+def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Augmentation | list[Augmentation],
                    generator: torch.Generator | None = None) -> Tensor:
     """Draw what describes n patches of b images: float32 `(n, b, K)` on the CPU, columns as in `COLUMNS`.
 
     Crops are whole pixels, sized as torchvision's RandomResizedCrop sizes them, but one that does not fit is cut to
     the image where torchvision draws again (the paper's quarter of a square image always fits). Factors that do not
-    act are neutral: 1 for brightness, contrast, saturation; 0 for the rest.
+    act are neutral: 1 for brightness, contrast, saturation; 0 for the rest. A list holds one augmentation for each patch.
     """
+    if isinstance(augmentation, list):
+        return torch.cat([sample_patches(b, 1, image_size, one, generator) for one in augmentation])
     (H, W), a = image_size, augmentation
     if not (0 < a.area[0] <= a.area[1] <= 1 and 0 < a.ratio[0] <= a.ratio[1]):
         raise UsageError(f"a crop of area {a.area} and ratio {a.ratio} does not fit: the area must lie in (0, 1].")
@@ -285,9 +289,7 @@ def blur_weights(sigma: Tensor, s: int, radius: int = 6) -> Tensor:
     return rows.scatter_add_(2, pixel.expand(len(sigma), -1, -1), weight.unsqueeze(1).expand(-1, s, -1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder (paper section 3.2): backbone, representation, projector.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Encoder (paper section 3.2): backbone, representation, projector -----------------------------------------------
 
 class Encoder(nn.Module):
     """Patches `(P, 3, s, s)` in [-1, 1] to unit embeddings `(P, d)`; `representation(x)` `(P, hidden)` is probed.
@@ -296,18 +298,21 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, backbone: str = "resnet18", patch_size: int = 32, hidden: int = 4096, projector: int = 4096,
-                 dim: int = 1024):
+                 dim: int = 1024, drop_last_stage: bool = False):
         super().__init__()
-        self.architecture = dict(backbone=backbone, patch_size=patch_size, hidden=hidden, projector=projector, dim=dim)
+        self.architecture = dict(backbone=backbone, patch_size=patch_size, hidden=hidden, projector=projector, dim=dim,
+                                 drop_last_stage=drop_last_stage)
         if backbone == "resnet18":
             self.backbone = torchvision.models.resnet18()
             self.backbone.fc = nn.Identity()
             if patch_size <= 64:
                 self.backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
                 self.backbone.maxpool = nn.Identity()
-            width = 512
+            if drop_last_stage:
+                self.backbone.layer4 = nn.Identity()
+            width = 256 if drop_last_stage else 512
         elif backbone == "small":
-            self.backbone, width = small_backbone(), 384
+            self.backbone, width = small_backbone(drop_last_stage)
         else:
             raise ValueError(f"There is no backbone {backbone!r}; choose resnet18 or small.")
         self.represent = nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
@@ -321,14 +326,14 @@ class Encoder(nn.Module):
         return F.normalize(self.project(self.representation(x)), dim=-1)            # (P, d), unit rows
 
 
-def small_backbone() -> nn.Sequential:
+def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
     """16x16 patches to 384 numbers: three strided convolutions, 16 -> 8 -> 4 -> 2 pixels, and a mean over the rest.
     Residual stages did worse at equal seconds on two CPU cores (results/laptop/)."""
     layers, inputs = [], 3
-    for outputs, kernel, padding in ((96, 3, 1), (192, 3, 1), (384, 2, 0)):
-        layers += [nn.Conv2d(inputs, outputs, kernel, stride=2, padding=padding, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    for outputs, kernel, padding in ((96, 3, 1), (192, 3, 1), (384, 2, 0))[:2 if drop_last_stage else 3]:
+        layers += [nn.Conv2d(inputs, outputs, kernel, 2, padding, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
 
 
 @torch.no_grad()
@@ -342,9 +347,7 @@ def whiten(first: nn.Conv2d, images: Tensor) -> None:
     first.weight.copy_(torch.cat([filters, -filters, mixtures / len(filters) ** 0.5]).view_as(first.weight))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss (paper equations 2 to 4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loss (paper equations 2 to 4) ----------------------------------------------------------------------------------
 
 def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
     """Total Coding Rate `R` of `z (n, b, d)`, mean over patches: `1/2 log det(I + d/(b eps2) Z_i^T Z_i)`, in nats.
@@ -410,9 +413,7 @@ def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
     return -(coding_rate(z, eps2) + lam * invariance(z))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer (paper section 4; the details are the official code's)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimizer (paper section 4; the details are the official code's) -----------------------------------------------
 
 class LARS(torch.optim.Optimizer):
     """SGD with Nesterov momentum on gradients that LARS has scaled, as the official code does it.
@@ -448,38 +449,50 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
+def new_optimizer(config: Config, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    how = dict(lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "lars":
+        return LARS(parameters, eta=config.eta, **how)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **how)
+    return torch.optim.AdamW(parameters, **how)
+
+
 def cosine(lr: float, t: int, T: int) -> float:
     """Learning rate of step t of T: from `lr` at t = 0 down to 0 at t = T, no warm-up."""
     return lr / 2 * (1 + math.cos(math.pi * t / T))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training (paper algorithm 1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training (paper algorithm 1) -----------------------------------------------------------------------------------
 
 def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation, log=lambda record: None,
-          after_epoch=lambda epoch: {}, folder: io.RunFolder | None = None) -> dict:
+          after_epoch=lambda epoch: {}, folder: io.RunFolder | None = None, objective: nn.Module | None = None) -> dict:
     """Train `encoder` in place on `images (N, 3, H, W)` uint8, on the encoder's device, for `config.epochs` passes.
 
     An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the
     latter with what `after_epoch(epoch)` returned. Checkpoints go to `folder`, and training goes on from the one that
     it holds. Under torchrun each of W processes cuts and encodes b/W of a batch's images, and the loss is of all b.
+    `objective(z, x, index)` stands in for EMP-SSL's loss, of embeddings, their patches and their images' numbers; its
+    parameters are trained and all its state is saved (baselines.py).
     Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where
     b > N, `FloatingPointError`, before anything could be saved, where a loss was not finite, and `io.Stopped`, with
     all saved, after a signal.
     """
-    n, b, s = config.patches, config.batch, config.patch_size
+    n, b = config.patches, config.batch
     N, device = len(images), next(encoder.parameters()).device
     steps = N // b
     T = config.epochs * steps
     if steps == 0:
         raise UsageError(f"--batch {b} is larger than the data set's {N} training images; give a smaller --batch.")
     ours = slice(io.rank() * b // io.processes(), (io.rank() + 1) * b // io.processes())       # of a batch's images
-    optimizer = LARS(encoder.parameters(), lr=config.lr)
+    parameters = [*encoder.parameters(), *(objective.parameters() if objective else ())]
+    optimizer = new_optimizer(config, parameters)
     first, seconds, record = 0, 0.0, {}
     if folder and (saved := folder.load()):
         encoder.load_state_dict(saved["encoder"])
         optimizer.load_state_dict(saved["optimizer"])
+        if objective:
+            objective.load_state_dict(saved["objective"])
         first, seconds, record = saved["step"], saved["seconds"], saved["record"]
     forward = io.distribute(encoder)
     forward = torch.compile(forward) if config.compile else forward
@@ -493,11 +506,12 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
                 encoder.train()
             index = order[i * b:][:b]
             params = sample_patches(b, n, images.shape[2:], augmentation, generator(config.seed, "patches", t))
+            s = io.side_at(config, t / T)
             x = cut(images, index[ours], params[:, ours], s, device)                        # (n*b/W, 3, s, s)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 z = forward(x).unflatten(0, (n, -1))                                        # (n, b/W, d)
             z = io.gather_images(z)                                                         # (n, b, d)
-            loss = empssl_loss(z, config.lam, config.eps2)
+            loss = objective(z, x, index) if objective else empssl_loss(z, config.lam, config.eps2)
             optimizer.param_groups[0]["lr"] = cosine(config.lr, t, T)
             optimizer.zero_grad()
             loss.backward()
@@ -513,10 +527,11 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
                                              f"saved before is kept. Try a smaller --lr or --precision float32.")
                 now = seconds + time.perf_counter() - clock
             if (t + 1) % 10 == 0 or epoch_ends:
-                D = invariance(z.detach()).item()
-                record = {"step": t + 1, "epoch": (t + 1) / steps, "R": -loss.item() - config.lam * D, "D": D,
-                          "lr": cosine(config.lr, t, T), "patches_per_second": (t + 1) * n * b / now}
-                bar.set_postfix_str(f"R {record['R']:.1f}  D {D:.3f}  lr {record['lr']:.3f}  "
+                u = F.normalize(z.detach(), dim=-1)
+                record = {"step": t + 1, "epoch": (t + 1) / steps, "R": coding_rate(u, config.eps2).item(),
+                          "D": invariance(u).item(), "loss": loss.item(), "lr": cosine(config.lr, t, T),
+                          "patches_per_second": (t + 1) * n * b / now}
+                bar.set_postfix_str(f"R {record['R']:.1f}  D {record['D']:.3f}  lr {record['lr']:.3f}  "
                                     f"{record['patches_per_second']:.0f} patches/s")
                 log(record)
             if t + 1 == first + 10:
@@ -528,9 +543,10 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
                 clock = time.perf_counter()
             if folder and (save or signal or epoch_ends):
                 folder.save({"step": t + 1, "seconds": seconds + time.perf_counter() - clock, "record": record,
-                             "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()})
+                             "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
+                             "objective": objective.state_dict() if objective else {}})
             if signal:
-                raise io.Stopped(signal, f"stopped after step {t + 1} of {T}, and saved; to go on: python empssl.py "
+                raise io.Stopped(signal, f"stopped after step {t + 1} of {T}, and saved; to go on: {io.PROGRAM} "
                                          f"--resume {folder.path}")
     return {"R": record["R"], "D": record["D"], "train_seconds": seconds, "patches_seen": T * n * b}
 
@@ -543,9 +559,7 @@ def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.dev
     return extract_patches(images, index.to(images.device), params, s)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation (paper section 4): bag of patches, linear probe, weighted kNN
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation (paper section 4): bag of patches, linear probe, weighted kNN ---------------------------------------
 
 @torch.no_grad()
 def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Augmentation | None = None, seed: int = 0,
@@ -635,7 +649,8 @@ def probe(h: list[Tensor], data: io.Dataset, config: Config, augmentation: Augme
                 for name, x in (("raw_pixels", pixels), ("untrained", untrained))}
     everything = h[0], data.train_labels, h[1], data.test_labels
     linear_top1, linear_top5 = linear_probe(*everything)
-    recipe = (data.key, sum(p.double().abs().sum().item() for p in untrained_encoder.parameters()), config.patch_size,
+    weights = [*untrained_encoder.backbone.parameters(), *untrained_encoder.represent.parameters()]
+    recipe = (data.key, sum(p.double().abs().sum().item() for p in weights), config.patch_size,
               config.eval_patches, str(augmentation), config.seed, config.precision)
     return ({"linear_top1": linear_top1, "linear_top5": linear_top5, "knn_top1": knn_probe(*everything)}
             | io.remembered(f"baselines {recipe}", baselines))
@@ -670,22 +685,29 @@ def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation
     return {"holdout_knn_top1": knn_probe(h[queries:], y[queries:], h[:queries], y[:queries])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
-def new_encoder(config: Config, images: Tensor) -> Encoder:
+def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
     torch.manual_seed(config.seed)
-    encoder = Encoder(config.backbone, config.patch_size, config.hidden, config.projector, config.dim)
+    encoder = kind(config.backbone, config.patch_size, config.hidden, config.projector, config.dim,
+                   config.drop_last_stage)
     if config.backbone == "small":
+        torch.manual_seed(config.seed)                              # whatever widths were drawn above
         some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:2 ** 21 // images[0, 0].numel()]
         whiten(encoder.backbone[0], images[some.to(images.device)].cpu())
     return encoder.to(config.device, memory_format=torch.channels_last)
 
 
-def run(config: Config) -> dict:
+def method(config: Config, images: Tensor) -> tuple[Encoder, nn.Module | None, Augmentation]:
+    """What `run` trains: an encoder, an objective (None: EMP-SSL's own) and how patches are drawn. See baselines.py."""
+    if config.patches < 2:
+        raise UsageError("--patches is 1; the invariance compares an image's patches, so give at least 2.")
+    return new_encoder(config, images), None, augmentations(config, *images.shape[2:])[0]
+
+
+def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
     """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record."""
-    config = io.settings(config, PRESETS)
+    config = io.settings(config, presets)
     if config.ops:
         print(*ops.describe(torch.device(config.device), config.patch_size or 32, min(config.batch, config.dim)), sep="\n")
         return {}
@@ -697,11 +719,13 @@ def run(config: Config) -> dict:
         # The paper resizes a patch to its image's size; Tiny ImageNet's patches (our recipe) stay native.
         config.patch_size = min(32 if config.dataset == "tinyimagenet" else 224, H, W)
     io.check_sizes(config, N, H, W)
-    augmentation, at_eval = augmentations(config, H, W)
+    _, at_eval = augmentations(config, H, W)
     data = io.to_device(data, config.device)
-    encoder = new_encoder(config, data.train_images)
     if config.checkpoint:
+        encoder = new_encoder(config, data.train_images)
         io.load_weights(encoder, config.checkpoint)
+    else:
+        encoder, objective, augmentation = method(config, data.train_images)
     if config.export_features and not config.eval_only and config.checkpoint:
         io.export(features(encoder, data, config, at_eval), data, config.export_features)
         return {}
@@ -712,16 +736,14 @@ def run(config: Config) -> dict:
         return record
     record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
     if not config.checkpoint:
-        steps = N // config.batch * config.epochs
-        print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
-              f"{steps * config.batch * config.patches:,} patches of {config.patch_size}x{config.patch_size} to come")
+        io.announce(config, N, H, W)
         print(*ops.describe(torch.device(config.device), config.patch_size, min(config.batch, config.dim)), sep="\n")
 
         def after_epoch(epoch):
             io.save_encoder(folder.path / "encoder.pt", encoder)
             return holdout_knn(encoder, data, config, at_eval)
         with folder.catching_signals():
-            record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch, folder)
+            record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch, folder, objective)
     started = time.perf_counter()
     h = features(encoder, data, config, at_eval)
     if config.export_features:

@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+PROGRAM = f"python {Path(sys.argv[0]).name if sys.argv[0].endswith('.py') else 'empssl.py'}"
 RUNS = Path("runs")                 # one folder a run, and `.cache` for decoded images and baseline figures
 CACHE = RUNS / ".cache"
 BACKBONES = ("resnet18", "small")
@@ -605,7 +606,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {name: type(value) for name, value in content["architecture"].items()}
-        if (kinds != dict(backbone=str, patch_size=int, hidden=int, projector=int, dim=int) or not isinstance(content["weights"], dict)
+        if (kinds != dict(backbone=str, patch_size=int, hidden=int, projector=int, dim=int, drop_last_stage=bool) or not isinstance(content["weights"], dict)
                 or content["architecture"]["backbone"] not in BACKBONES):
             raise ValueError
     except Exception:                                           # random bytes, a pickle with code, another program's
@@ -861,25 +862,33 @@ def settings(config, presets: dict):
         if not (config.eval_only or config.export_features):
             raise UsageError("--checkpoint goes with --eval-only or --export-features; add the one you want.")
         for name, value in load_checkpoint(config.checkpoint)["architecture"].items():
-            if getattr(config, name) not in (None, value):
+            if getattr(config, name) not in (None, False, value):
                 raise UsageError(f"{config.checkpoint} has another architecture, its {name} is {value} and not "
                                  f"{getattr(config, name)}; leave --{name.replace('_', '-')} out.")
             setattr(config, name, value)
+    if config.size_schedule:
+        sides = [side for side, _ in size_schedule(config)]
+        config.patch_size = config.patch_size or sides[-1]
+        if not all(5 <= side <= 4096 for side in sides):
+            raise UsageError(f"--size-schedule {config.size_schedule} has a side that is not between 5 and 4096 pixels; change it.")
     for name, value in presets[config.preset].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    for name, least in dict(patches=2, batch=1, epochs=1, patch_size=1, hidden=1, projector=1, dim=1, eval_patches=1).items():
+    for name, least in dict(patches=1, batch=1, epochs=1, patch_size=1, hidden=1, projector=1, dim=1, eval_patches=1).items():
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
     if config.eval_augmentation == "grid" and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
         raise UsageError(f"--eval-patches {config.eval_patches} makes no even grid; give a square such as 1, 4, 9 or 16.")
+    if config.eval_augmentation == "whole" and config.eval_patches != 1:
+        raise UsageError(f"--eval-augmentation whole shows an image once; give --eval-patches 1 and not {config.eval_patches}.")
     if config.name is not None and not re.fullmatch(r"\w[\w.=+-]{0,99}", config.name):
         raise UsageError(f"--name {config.name!r} is no plain folder name; use up to 100 letters, digits and -._=+ only.")
     for name in ("lr", "eps2"):
         if not 0 < getattr(config, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be a positive number.")
-    if not 0 <= config.lam < math.inf:
-        raise UsageError(f"--lam is {config.lam}; it must be 0 or more.")
+    for name in ("lam", "weight_decay", "eta"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be 0 or more.")
     if not config.save_every >= 0:
         raise UsageError(f"--save-every is {config.save_every}; it must be 0 or more minutes.")
     if not 0 <= config.seed < 2 ** 63:
@@ -892,9 +901,40 @@ def settings(config, presets: dict):
     return config
 
 
+def size_schedule(config) -> list[tuple[int, float]]:
+    """Of `16:0.7,32:0.3`: [(16, 0.7), (32, 0.3)], sides of patches and shares of training."""
+    if not config.size_schedule:
+        return [(config.patch_size, 1.0)]
+    try:
+        parts = [part.split(":") for part in config.size_schedule.split(",")]
+        schedule = [(int(side), float(share)) for side, share in parts]
+        if not (all(share > 0 for _, share in schedule) and abs(sum(share for _, share in schedule) - 1) < 1e-6):
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"--size-schedule {config.size_schedule} is no list of sides and shares that sum to 1; "
+                         f"give one such as 16:0.7,32:0.3.") from None
+    return schedule
+
+
+def side_at(config, done: float) -> int:
+    """Side of the patches once a share `done` of training is over."""
+    for side, share in size_schedule(config):
+        done -= share
+        if done < 0:
+            break
+    return side
+
+
+def announce(config, N: int, H: int, W: int) -> None:
+    steps, sides = N // config.batch * config.epochs, dict.fromkeys(side for side, _ in size_schedule(config))
+    print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
+          f"{steps * config.batch * config.patches:,} patches of {', then '.join(f'{side}x{side}' for side in sides)} to come")
+
+
 def check_sizes(config, N: int, H: int, W: int) -> None:
     """Refuse, before anything is written, sizes that do not fit the data or this machine."""
-    n, b, s, hidden, training = config.patches, config.batch, config.patch_size, config.hidden, not config.checkpoint
+    n, b, hidden, training = config.patches, config.batch, config.hidden, not config.checkpoint
+    s = max(config.patch_size, *(side for side, _ in size_schedule(config)))
     if s > min(H, W):
         raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
     if config.backbone == "small" and s < 5:
@@ -919,7 +959,7 @@ def mistakes_in_one_sentence():
     """What a user can mend ends the program with one sentence and code 2; a loss that is not finite, or a lost process,
     with code 1; a signal with 128 + its number."""
     def stopped(number, frame):
-        to_go_on = "".join(f"; to go on: python empssl.py --resume {os.path.relpath(folder)}" for folder in _claimed)
+        to_go_on = "".join(f"; to go on: {PROGRAM} --resume {os.path.relpath(folder)}" for folder in _claimed)
         raise Stopped(number, f"stopped; what was written before is kept{to_go_on}")
     before = {number: signal.signal(number, stopped) for number in _signals()}
     try:

@@ -6,10 +6,12 @@
                                              tsne.png     test features in the plane, coloured by class
     python report.py --record runs/<name> [folder]
                                              keep the run's figures and where they come from as results/[folder/]<name>.json
+    python report.py --peers                 draw results/peers/accuracy.png, of the methods' runs
     python report.py --readme                write README.md's tables anew from results/
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -88,14 +90,14 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
         raise io.UsageError(f"{run} is no run's folder; give one, for instance: python report.py runs/demo")
 
 
-def keep_record(run: Path, folder: str = ".") -> None:
+def keep_record(run: Path, folder: str = ".", name: str | None = None) -> None:
     config, records = read_run(run)
     if "linear_top1" not in records[-1]:
         raise io.UsageError(f"{run} has not been probed to its end; there is nothing to keep.")
-    path = RESULTS / folder / f"{run.name}.json"
+    path = RESULTS / folder / f"{name or run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     resumed = [r["resumed"] | {"step": r["step"]} for r in records if "resumed" in r]
-    record = {"name": run.name} | config | ({"resumed": resumed} if resumed else {}) | {"metrics": records[-1]}
+    record = {"name": name or run.name} | config | ({"resumed": resumed} if resumed else {}) | {"metrics": records[-1]}
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"kept as {path}")
 
@@ -149,8 +151,64 @@ def ops_table() -> str:
     return "\n".join(lines + [f"| `{op}` | {name} | {cell('cpu', (op, name))} | {cell('cuda', (op, name))} |" for op, name in keys])
 
 
+# What the paper reports on CIFAR-10 after 1 and 10 epochs (ResNet-18; EMP-SSL of 20 patches).
+PAPER = {"empssl": (.806, .907), "simclr": (.282, .565), "byol": (.249, .489), "vicreg": (.406, .697), "swav": (.245, .532),
+         "ressl": (.245, .256)}
+
+
+def peers_records() -> dict[str, dict[str, list[dict]]]:
+    """Records of results/peers by method or ablation, then by "1-epoch" or "equal-seconds", one of each seed."""
+    found = {}
+    for path in sorted((RESULTS / "peers").glob("*.json")):
+        name, kind = re.fullmatch(r"(.*)-(1-epoch|equal-seconds)-seed\d+", path.stem).groups()
+        found.setdefault(name, {}).setdefault(kind, []).append(json.loads(path.read_text()))
+    return found
+
+
+def spread(records: list[dict], key: str) -> str:
+    """Mean, and half the range, of a metric over seeds."""
+    values = [r["metrics"][key] for r in records]
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def peers_table() -> str:
+    rows = ["| what | seeds | one epoch: linear | kNN | patches seen | seconds | equal seconds: epochs | linear | kNN | seconds | paper, 1 / 10 epochs |",
+            "|---|---|---|---|---|---|---|---|---|---|---|"]
+    found = peers_records()
+    methods = [name for name in found if "-" not in name or name.startswith("simclr-noise") or name.startswith("simclr-one")]
+    for name in sorted(found, key=lambda name: (name not in methods, name.split("-")[0] != "empssl", name)):
+        one, equal = found[name]["1-epoch"], found[name].get("equal-seconds", found[name]["1-epoch"])
+        mean = lambda records, key: sum(r["metrics"][key] for r in records) / len(records)
+        paper = " / ".join(f"{x:.3f}" for x in PAPER[name]) if name in PAPER else ""
+        rows.append(f"| {name} | {len(one)} | {spread(one, 'linear_top1')} | {spread(one, 'knn_top1')} | {mean(one, 'patches_seen'):,.0f} | "
+                    f"{mean(one, 'train_seconds'):.0f} | {equal[0]['epochs']} | {spread(equal, 'linear_top1')} | "
+                    f"{spread(equal, 'knn_top1')} | {mean(equal, 'train_seconds'):.0f} | {paper} |")
+    return "\n".join(rows)
+
+
+def draw_peers() -> None:
+    """Linear accuracy against seconds and against patches seen: of each method one epoch, and equal seconds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    found = {name: kinds for name, kinds in peers_records().items() if name in (*PAPER, "simclr-one-negative", "simclr-noise", "single")}
+    for ax, key, label in ((axes[0], "train_seconds", "seconds of training"), (axes[1], "patches_seen", "patches seen")):
+        for name, kinds in sorted(found.items()):
+            points = [[sum(r["metrics"][k] for r in records) / len(records) for k in (key, "linear_top1")] for records in kinds.values()]
+            style = dict(marker="*", markersize=14, linewidth=0) if name == "empssl" else dict(marker="o", markersize=4)
+            ax.plot(*zip(*sorted(points)), label=name, **style)
+        if found:
+            untrained = next(iter(found.values()))["1-epoch"][0]["metrics"]["untrained_top1"]
+            ax.axhline(untrained, color="grey", linestyle=":", label="untrained encoder")
+        ax.set(xscale="log", xlabel=label)
+    axes[0].set_ylabel("linear probe, top-1")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(RESULTS / "peers" / "accuracy.png", dpi=120)
+    print(f"drawn: {RESULTS / 'peers' / 'accuracy.png'}")
+
+
 def readme_with_tables(text: str) -> str:
-    for name, table in (("runs", runs_table()), ("memory", memory_table()), ("ops", ops_table())):
+    for name, table in (("runs", runs_table()), ("peers", peers_table()), ("memory", memory_table()), ("ops", ops_table())):
         start, end = f"<!-- {name}: written by report.py --readme -->", f"<!-- end of {name} -->"
         head, rest = text.split(start)
         text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
@@ -160,23 +218,29 @@ def readme_with_tables(text: str) -> str:
 def main(argv: list[str]) -> None:
     if argv == ["--readme"]:
         README.write_text(readme_with_tables(README.read_text()))
+    elif argv == ["--peers"]:
+        draw_peers()
     elif len(argv) in (2, 3) and argv[0] == "--record":
         keep_record(Path(argv[1]), *argv[2:])
     elif len(argv) == 1 and not argv[0].startswith("-"):
         draw(Path(argv[0]))
     else:
-        raise io.UsageError("give a run's folder, --record and a run's folder, or --readme.")
+        raise io.UsageError("give a run's folder, --record and a run's folder, --peers, or --readme.")
 
 
-def draw(run: Path) -> None:
-    config, records = read_run(run)
+def pyplot():
     try:
         import matplotlib
     except ImportError:
         raise io.UsageError("drawing needs matplotlib and scikit-learn; install them with pip install -e '.[figures]'.")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
 
+
+def draw(run: Path) -> None:
+    config, records = read_run(run)
+    plt = pyplot()
     data = io.load_dataset(config["dataset"], config["data_dir"], config["image_size"], config["subset"], config["seed"])
     draw_patches(plt, config, data, run / "patches.png")
     draw_curves(plt, records, run / "curves.png")

@@ -2,6 +2,7 @@
 # bash reproduce.sh          set up, train, probe, draw: CIFAR-10 if it is there or can be downloaded, else shapes
 # bash reproduce.sh test     set up, run the tests
 # bash reproduce.sh test-long  the same, and the CPU ops under sanitizers and under the oldest PyTorch supported (downloaded)
+# bash reproduce.sh peers    train every method of baselines.py and every ablation, at equal epochs and at equal seconds
 # bash reproduce.sh gpu      on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
 # else .venv is made here, on top of that Python's torch and torchvision if it has them.
@@ -49,6 +50,11 @@ test|test-long)
         bash tests/other_torch.sh "$PY"
     fi
     ;;
+peers)
+    setup figures matplotlib sklearn
+    "$PY" benchmarks/peers.py "${@:2}"
+    "$PY" report.py --readme
+    ;;
 gpu)
     setup dev pytest hypothesis pybind11 ninja setuptools
     "$PY" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "error: PyTorch sees no GPU here; run this where there is one." >&2; exit 2; }
@@ -61,7 +67,7 @@ gpu)
     "$PY" report.py --readme
     ;;
 *)
-    echo "error: there is no command '$command'; the commands are: (none), test, test-long, gpu." >&2
+    echo "error: there is no command '$command'; the commands are: (none), test, test-long, peers, gpu." >&2
     exit 2
     ;;
 esac
