@@ -53,9 +53,10 @@ class Config(empssl.Config):
     warm_last_stage: str = flag(None, "an encoder.pt of --drop-last-stage: add the last stage, and train it and what follows")
 
 
-# Settings as published for CIFAR-10: solo-learn's (da Costa et al., JMLR 2022; scripts/pretrain/cifar), but for its warm-up
-# of 10 epochs in 1000 and, unless --crops published, its crops; and Cao & Wu's for the single branch. Widths of the encoder
-# are the preset's for all methods; d, the embedding's, is the method's own.
+# Settings as published for CIFAR-10: solo-learn's (da Costa et al., JMLR 2022; scripts/pretrain/cifar), but for what it does
+# in the first of 1000 epochs (10 of warm-up; SwAV's 2 of frozen prototypes and 50 without a queue) and, unless --crops
+# published, its crops; and Cao & Wu's for the single branch. Widths of the encoder are the preset's for all methods; d, the
+# embedding's, is the method's own.
 PUBLISHED = {
     "empssl": dict(optimizer="lars", eta=0.005, weight_decay=1e-4),
     "simclr": dict(patches=2, batch=256, augmentation="simclr", dim=256, optimizer="lars", eta=0.02, lr=0.4, weight_decay=1e-4,

@@ -352,7 +352,7 @@ class RunFolder:
         _claim(self.path)
         for old in self.path.glob(".*.[0-9]*" if resume else "*"):      # what a kill left half written, or the run before
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        if not resume:
+        if not resume or not (self.path / "config.json").exists():
             save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
 
     def log(self, record: dict) -> None:
@@ -362,7 +362,7 @@ class RunFolder:
 
     def records(self) -> list[dict]:
         try:
-            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            lines = (self.path / "metrics.jsonl").read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
         records = []
@@ -840,13 +840,27 @@ def parse_flags(config: type, argv: list[str] | None, description: str):
             if name not in ("resume", "device", "data_dir", "save_every"):
                 raise UsageError(f"--resume goes on with the run's own settings; leave --{name.replace('_', '-')} out "
                                  f"(--device, --data-dir and --save-every may change).")
-        try:
-            stored = json.loads((Path(flags["resume"]) / "config.json").read_text())
-            flags = {f.name: stored[f.name] for f in fields} | flags
-        except (OSError, ValueError, KeyError, TypeError):
+        stored = stored_settings(Path(flags["resume"]))
+        if "method" in stored and not hasattr(config, "method"):
+            raise UsageError(f"{flags['resume']} was begun by baselines.py; go on with python baselines.py --resume {flags['resume']}.")
+        if any(f.name not in stored for f in fields):
             raise UsageError(f"There is no run to go on with in {flags['resume']}; "
-                             f"give --resume a folder below {RUNS} that holds a config.json.") from None
+                             f"give --resume a folder below {RUNS} that {PROGRAM} has begun.")
+        flags = {f.name: stored[f.name] for f in fields} | flags
     return config(**flags)
+
+
+def stored_settings(folder: Path) -> dict:
+    """A run's settings, from its config.json or, where that is lost, from a checkpoint; {} where there are none."""
+    readers = [lambda: json.loads((folder / "config.json").read_text())]
+    readers += [lambda name=name: torch.load(folder / name, map_location="cpu", weights_only=True)["config"]
+                for name in ("checkpoint.pt", "checkpoint-previous.pt")]
+    for read in readers:
+        with contextlib.suppress(Exception):                    # missing, cut short, not ours
+            stored = read()
+            if isinstance(stored, dict):
+                return stored
+    return {}
 
 
 def settings(config, presets: dict):

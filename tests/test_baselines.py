@@ -322,6 +322,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(arguments, in_tmp, short_runs
         stop_after(5, patch, signal.SIGTERM)
         with pytest.raises(SystemExit):
             baselines.main([*run, "--name", "stopped"])
+    with pytest.raises(SystemExit):                                             # not as EMP-SSL's
+        empssl.main(["--resume", "runs/stopped"])
     baselines.main(["--resume", "runs/stopped"])
     ours, theirs = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("stopped", "whole"))
     for part in ("encoder", "objective"):

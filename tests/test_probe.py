@@ -132,7 +132,7 @@ def test_encoder_shapes_and_unit_rows():
         x = torch.randn(4, 3, s, s)
         assert encoder.backbone(x).shape == (4, width) and encoder.representation(x).shape == (4, 24)
         torch.testing.assert_close(encoder(x).norm(dim=1), torch.ones(4))
-    assert encoder.architecture == dict(backbone="small", patch_size=16, hidden=24, projector=24, dim=6)
+    assert encoder.architecture == dict(backbone="small", patch_size=16, hidden=24, projector=24, dim=6, drop_last_stage=False)
 
 
 def test_the_papers_network():

@@ -314,6 +314,20 @@ def test_other_images_are_noticed(monkeypatch, capsys):
     assert "images have changed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rubbish", [None, b"", b"{", bytes(range(128, 256))], ids=repr)
+def test_a_lost_config_is_taken_from_the_checkpoint(rubbish, monkeypatch):
+    main([*RUN, "--name", "whole"])
+    stop_after(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        main([*RUN, "--name", "stopped"])
+    (io.RUNS / "stopped" / "config.json").unlink()
+    if rubbish is not None:
+        (io.RUNS / "stopped" / "config.json").write_bytes(rubbish)
+    (io.RUNS / "stopped" / "metrics.jsonl").write_bytes(rubbish or b"")
+    main(["--resume", "runs/stopped"])
+    assert_equal_weights("whole", "stopped")
+
+
 def test_a_finished_run_is_left_alone(capsys):
     record = main([*RUN, "--name", "done"])
     before = {p.name: p.read_bytes() for p in (io.RUNS / "done").iterdir()}
