@@ -6,7 +6,7 @@ SimCLR (Chen et al., 2002.05709; one negative, noise alone and small batches as 
 (Bardes et al., 2105.04906), BYOL (Grill et al., 2006.07733), SwAV (Caron et al., 2006.09882), ReSSL (Zheng et al.,
 2107.09282), and instance discrimination on a single branch (Cao & Wu, 2404.19289). `--method empssl` is EMP-SSL itself.
 S3L (Cao & Wu, 2103.13559) is a setting of each: --patch-size, --size-schedule, --drop-last-stage and --subset, then
---warm-last-stage.
+--warm-last-stage (without labels here; the authors' code warms it up with them).
 
 A method here is an objective that `empssl.train` calls with embeddings z (v, b, d) of v views of b images, not
 normalised, their patches x (v*b, 3, s, s) and the images' numbers in the data set, index (b,).
@@ -16,6 +16,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ import empssl_io as io
 from empssl import Augmentation, cosine, flag, generator
 from empssl_io import UsageError
 
-AUGMENTATIONS = ("paper", "light", "simclr", "byol", "vicreg", "ressl", "crop", "noise")
+AUGMENTATIONS = ("paper", "light", "simclr", "byol", "vicreg", "ressl", "single", "noise")
 
 
 @dataclass
@@ -49,14 +50,15 @@ class Config(empssl.Config):
     bank_momentum: float = flag(0.5, "single: of the bank's rows")
     distillation: float = flag(20.0, "single: weight of SqrtKL")
     others: int = flag(10_000, "single: rows of the bank beside the batch's own, drawn at each step")
-    cutmix: float = flag(0.5, "single: share of the batches that are CutMix")
+    cutmix: float = flag(0.5, "single: alpha of CutMix's Beta distribution (0: no CutMix)")
     warm_last_stage: str = flag(None, "an encoder.pt of --drop-last-stage: add the last stage, and train it and what follows")
 
 
-# Settings as published for CIFAR-10: solo-learn's (da Costa et al., JMLR 2022; scripts/pretrain/cifar), but for what it does
-# in the first of 1000 epochs (10 of warm-up; SwAV's 2 of frozen prototypes and 50 without a queue) and, unless --crops
-# published, its crops; and Cao & Wu's for the single branch. Widths of the encoder are the preset's for all methods; d, the
-# embedding's, is the method's own.
+# Settings as published for CIFAR-10. All but the single branch: solo-learn's (da Costa et al., JMLR 2022, files
+# scripts/pretrain/cifar/*.yaml); ReSSL's momentum and queue are its paper's. The single branch: Cao & Wu's code. Different
+# here, for all: momentum is Nesterov's, the learning rate has no warm-up (theirs is 1 % of the epochs), SwAV's prototypes
+# learn from the start and its queue serves once it is full, crops are EMP-SSL's unless --crops published, and the
+# encoder's widths are the preset's. d, the embedding's width, is the method's own.
 PUBLISHED = {
     "empssl": dict(optimizer="lars", eta=0.005, weight_decay=1e-4),
     "simclr": dict(patches=2, batch=256, augmentation="simclr", dim=256, optimizer="lars", eta=0.02, lr=0.4, weight_decay=1e-4,
@@ -67,7 +69,7 @@ PUBLISHED = {
                  temperature=0.1),
     "ressl": dict(patches=2, batch=256, augmentation="ressl", dim=256, optimizer="sgd", eta=0.0, lr=0.05, weight_decay=1e-4,
                   temperature=0.1),
-    "single": dict(patches=1, batch=512, augmentation="simclr", dim=128, optimizer="sgd", eta=0.0, lr=1.0, weight_decay=5e-4,
+    "single": dict(patches=1, batch=512, augmentation="single", dim=2048, optimizer="sgd", eta=0.0, lr=1.0, weight_decay=1e-4,
                    temperature=0.2),
 }
 
@@ -77,18 +79,21 @@ PUBLISHED = {
 def views(config: Config, H: int, W: int) -> Augmentation | list[Augmentation]:
     """How the views of an image are drawn: one augmentation for all, or one for each."""
     ours = empssl.augmentations(config, H, W)[0]
-    crop = dict(area=(0.08, 1.0), ratio=(3 / 4, 4 / 3)) if config.crops == "published" else dict(area=ours.area, ratio=ours.ratio)
-    wider = dict(area=(0.2, 1.0)) if config.crops == "published" else {}
-    mild = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0)                # beside brightness and contrast of 0.4
+    if config.augmentation in ("paper", "light"):
+        return ours
+    crop, crop_of_a_fifth = dict(area=ours.area, ratio=ours.ratio), dict(area=ours.area, ratio=ours.ratio)
+    if config.crops == "published":
+        crop, crop_of_a_fifth = dict(area=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), dict(area=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
     strong = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5, solarize=0.0)
+    mild = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0)                # beside brightness and contrast of 0.4
     return {
-        "simclr": lambda: Augmentation(**crop, **strong),
-        "vicreg": lambda: Augmentation(**crop | mild | wider | dict(solarize=0.1)),
-        "byol": lambda: [Augmentation(**crop, **mild), Augmentation(**crop | mild | dict(solarize=0.2))],
-        "ressl": lambda: [Augmentation(**crop | mild | dict(blur=0.5)), Augmentation.none(**crop, flip=0.5)],
-        "crop": lambda: Augmentation.none(**crop, flip=0.5),
-        "noise": lambda: Augmentation.none(area=(1.0, 1.0)),                    # the whole image: all else is --noise
-    }.get(config.augmentation, lambda: ours)()
+        "simclr": Augmentation(**crop, **strong),
+        "vicreg": Augmentation(**crop_of_a_fifth | mild | dict(solarize=0.1)),
+        "byol": [Augmentation(**crop, **mild), Augmentation(**crop | mild | dict(solarize=0.2))],
+        "ressl": [Augmentation(**crop | mild | dict(blur=0.5)), Augmentation.none(**crop, flip=0.5)],
+        "single": Augmentation(**crop_of_a_fifth | mild | dict(saturation=0.4)),
+        "noise": Augmentation.none(area=(1.0, 1.0)),                            # the whole image: all else is --noise
+    }[config.augmentation]
 
 
 class Objective(nn.Module):
@@ -100,7 +105,7 @@ class Objective(nn.Module):
         self.seed, self.calls = seed, 0
 
     def forward(self, z: Tensor, x: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        loss = self.loss(z, x, index)
+        loss = self.loss(z if z.dtype == torch.float64 else z.float(), x, index)
         self.calls += 1
         return loss
 
@@ -115,25 +120,31 @@ class Objective(nn.Module):
 
 
 class Views(empssl.Encoder):
-    """The encoder without the last normalisation; in training it adds noise to its input and mixes images."""
-    noise, cutmix, mixed, chance = 0.0, 0.0, None, None
+    """The encoder without the last normalisation. In training each view has BatchNorm statistics of its own, as in the
+    methods' own codes, and views may be given noise, mixed, or left out (ReSSL's weak one, which only the target sees)."""
+    views, encoded, noise, cutmix, mixed, chance = 1, 1, 0.0, 0.0, None, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.noise:
+        if not self.training:
+            return self.project(self.representation(x))
+        if self.noise:
             x = x + self.noise * torch.randn(x.shape, generator=self.chance("noise")).to(x)
-        if self.training and self.cutmix:
+        if self.cutmix:
             x, self.mixed = cut_mix(x, self.cutmix, self.chance("cutmix"))
-        return self.project(self.representation(x))                             # (v*b, d)
+        parts = x.chunk(self.views)
+        z = [self.project(self.representation(view)) for view in parts[:self.encoded]]
+        return torch.cat(z + [torch.zeros_like(z[0])] * (self.views - self.encoded))            # (v*b, d)
 
 
-def cut_mix(x: Tensor, probability: float, chance: torch.Generator) -> tuple[Tensor, tuple[Tensor, float]]:
-    """Paste a box of each image's partner over it: `(b, 3, s, s)` -> the same, and (partners (b,), share that stayed)."""
+def cut_mix(x: Tensor, alpha: float, chance: torch.Generator) -> tuple[Tensor, tuple[Tensor, float]]:
+    """Paste a box of each image's partner over it: `(b, 3, s, s)` -> the same, and (partners (b,), share that stayed).
+
+    The share, at least a half, is drawn from Beta(alpha, alpha); one box for the batch."""
     b, _, h, w = x.shape
     partner = torch.randperm(b, generator=chance)
-    draw, share, down, across = torch.rand(4, generator=chance).tolist()
-    if draw >= probability:
-        return x, (partner, 1.0)
-    side = math.sqrt(1 - share)                                                 # of the box, in units of the image's
+    share = np.random.default_rng(int(torch.randint(2 ** 31, (), generator=chance))).beta(alpha, alpha)
+    side = math.sqrt(min(share, 1 - share))                                     # of the box, in units of the image's
+    down, across = torch.rand(2, generator=chance).tolist()
     top, bottom = (round(min(max(down + sign * side / 2, 0), 1) * h) for sign in (-1, 1))
     left, right = (round(min(max(across + sign * side / 2, 0), 1) * w) for sign in (-1, 1))
     x = x.clone()
@@ -195,8 +206,9 @@ class VICReg(Objective):
 class Target(nn.Module):
     """A network that follows another one, the online network, as its moving average; it gets no gradient."""
 
-    def __init__(self, online: nn.Module):
+    def __init__(self, online: nn.Module, precision: str = "float32"):
         super().__init__()
+        self.precision = precision
         self.network = copy.deepcopy(online).requires_grad_(False)
         self.online = (online,)                                                 # in a tuple: not a part of this module
 
@@ -207,16 +219,18 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            z = self.network(x)
+        return z.float() if z.dtype == torch.bfloat16 else z
 
 
 class BYOL(Objective):
     """Predict, from one view, the target network's embedding of the other; momentum goes from 0.99 to 1 in `steps`."""
 
-    def __init__(self, encoder: nn.Module, dim: int, hidden: int, steps: int):
+    def __init__(self, encoder: nn.Module, dim: int, hidden: int, steps: int, precision: str = "float32"):
         super().__init__()
         self.predict = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
-        self.target, self.steps = Target(encoder), steps
+        self.target, self.steps = Target(encoder, precision), steps
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
         self.target.follow(1 - cosine(0.01, self.calls, self.steps))
@@ -234,12 +248,14 @@ class SwAV(Objective):
     def __init__(self, dim: int, temperature: float, prototypes: int = 3000, queue: int = 3840):
         super().__init__()
         self.temperature = temperature
-        self.prototypes = nn.Parameter(torch.randn(prototypes, dim))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, dim))            # unit rows at each call
         self.register_buffer("queue", torch.zeros(2, queue, dim))               # of each view, the newest first
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
         _, b, _ = z.shape
-        u, c = F.normalize(z, dim=-1), F.normalize(self.prototypes, dim=1)
+        with torch.no_grad():
+            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+        u, c = F.normalize(z, dim=-1), self.prototypes
         scores = u @ c.T                                                        # (2, b, prototypes)
         with torch.no_grad():
             room = self.queue.shape[1]
@@ -265,9 +281,10 @@ class ReSSL(Objective):
     network: cross-entropy between the two softmaxes, the weak one's sharper (0.04 against 0.1)."""
 
     def __init__(self, encoder: nn.Module, dim: int, temperature: float, sharp: float = 0.04, momentum: float = 0.99,
-                 queue: int = 4096):
+                 queue: int = 4096, precision: str = "float32"):
         super().__init__()
-        self.temperature, self.sharp, self.momentum, self.target = temperature, sharp, momentum, Target(encoder)
+        self.temperature, self.sharp, self.momentum, self.target = temperature, sharp, momentum, Target(encoder, precision)
+        self.target.network.views = 1
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -293,9 +310,9 @@ class SingleBranch(Objective):
         dL/dw_k = (p_k - t_k) z / tau,
 
     so a step against the gradient moves an image's own row by (1 - p) z, not by z, and every other row away from z by
-    p_k z. The moving average, the released code's only rule, is w <- m w + (1 - m) t z: it lacks the p. The gradient
-    formula, and that the other rows move too, is the paper's. The size of the step is derived here: m and 1 - m are kept,
-    so that where p is 0 both rules are one,
+    p_k z. The moving average, the released code's only rule, moves an image's own row alone: w <- m w + (1 - m) z, CutMix
+    or not. The gradient formula, and that the other rows move too, is the paper's. The size of the step is derived here: m
+    and 1 - m are kept, so that without CutMix and where p is 0 both rules are one,
 
         w_k <- unit(m^[k is in the batch] w_k + (1 - m) sum_j (t_jk - p_jk) z_j).
 
@@ -322,7 +339,7 @@ class SingleBranch(Objective):
         cos = z @ w.T                                                           # (b, b + others)
         loss = -(t * F.log_softmax(cos / self.temperature, 1)).sum(1).mean() + self.distillation * sqrt_kl(cos)
         with torch.no_grad():
-            pull = t - F.softmax(cos / self.temperature, 1) if self.update == "gradient" else t
+            pull = t - F.softmax(cos / self.temperature, 1) if self.update == "gradient" else torch.eye(*t.shape).to(t)
             kept = torch.ones(len(rows), 1, dtype=z.dtype, device=z.device)
             kept[:b] = self.momentum
             self.bank[rows] = F.normalize(kept * w + (1 - self.momentum) * pull.T @ z, dim=1)
@@ -338,9 +355,9 @@ def sqrt_kl(cos: Tensor) -> Tensor:
 
 @torch.no_grad()
 def untrained_features(encoder: nn.Module, images: Tensor, config: Config, augmentation: Augmentation) -> Tensor:
-    """One forward pass: `(N, d)`, BatchNorm using each batch's own statistics, as an untrained one has none."""
+    """One forward pass, before the clock starts: `(N, d)`. BatchNorm uses each batch's own statistics: it has no others."""
     parts = []
-    for i, index in enumerate(torch.arange(len(images)).split(config.batch)):
+    for i, index in enumerate(torch.arange(len(images)).tensor_split(math.ceil(len(images) / config.batch))):
         params = empssl.sample_patches(len(index), 1, images.shape[2:], augmentation, generator(config.seed, "calibrate", i))
         x = empssl.cut(images, index, params, config.patch_size, torch.device(config.device))
         parts.append(encoder.project(encoder.representation(x)))
@@ -349,19 +366,21 @@ def untrained_features(encoder: nn.Module, images: Tensor, config: Config, augme
 
 # ---- S3L: a last stage on top of an encoder that was trained without one --------------------------------------------
 
-def with_last_stage(encoder: empssl.Encoder, path: str) -> None:
-    """Fill the earlier stages of `encoder` from an encoder.pt and freeze them; the rest is left to train."""
-    saved = io.load_checkpoint(path)
-    if not saved["architecture"]["drop_last_stage"] or encoder.architecture["drop_last_stage"]:
-        raise UsageError(f"--warm-last-stage adds the stage that {path} must have been trained without; give an encoder of "
-                         f"--drop-last-stage, and leave that flag out now.")
-    ours, theirs = encoder.backbone.state_dict(), {k.removeprefix("backbone."): v for k, v in saved["weights"].items()
-                                                   if k.startswith("backbone.")}
-    if any(ours.get(name, value.new_empty(0)).shape != value.shape for name, value in theirs.items()):
-        raise UsageError(f"{path} has another backbone than --backbone {encoder.architecture['backbone']}; choose the same.")
-    encoder.backbone.load_state_dict(ours | theirs)
+def with_last_stage(encoder: empssl.Encoder, path: str, resumed: bool = False) -> None:
+    """Fill the earlier stages of `encoder` from an encoder.pt, and freeze them; the rest is left to train."""
+    how = encoder.architecture
+    if how["drop_last_stage"]:
+        raise UsageError("--warm-last-stage adds the last stage and --drop-last-stage leaves it out; give one of them.")
+    below = empssl.Encoder(**how | dict(drop_last_stage=True)).backbone.state_dict()
     for name, parameter in encoder.backbone.named_parameters():
-        parameter.requires_grad_(name not in theirs)
+        parameter.requires_grad_(name not in below)
+    if resumed:                                                     # its checkpoint has the weights
+        return
+    saved = io.load_checkpoint(path)
+    theirs = {k.removeprefix("backbone."): v for k, v in saved["weights"].items() if k.startswith("backbone.")}
+    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in below.items()}:
+        raise UsageError(f"{path} is no encoder of --drop-last-stage with --backbone {how['backbone']}; give one that was trained so.")
+    encoder.backbone.load_state_dict(encoder.backbone.state_dict() | theirs)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -372,7 +391,7 @@ def method(config: Config, images: Tensor):
     if config.method == "empssl":
         encoder, objective, augmentation = empssl.method(config, images)
         if config.warm_last_stage:
-            with_last_stage(encoder, config.warm_last_stage)
+            with_last_stage(encoder, config.warm_last_stage, bool(config.resume))
         return encoder, objective, augmentation
     if io.processes() > 1:
         raise UsageError("The methods of baselines.py run in one process; leave torchrun out, or use --method empssl.")
@@ -384,18 +403,19 @@ def method(config: Config, images: Tensor):
         raise UsageError(f"--augmentation {config.augmentation} draws two views unlike each other, and --method {config.method} "
                          f"sees one; choose another.")
     encoder = empssl.new_encoder(config, images, Views)
+    encoder.views, encoder.encoded = wanted, 1 if config.method == "ressl" else wanted
     if config.warm_last_stage:
-        with_last_stage(encoder, config.warm_last_stage)
+        with_last_stage(encoder, config.warm_last_stage, bool(config.resume))
     steps = len(images) // config.batch * config.epochs
     torch.manual_seed(config.seed)
     objective = {
         "simclr": lambda: SimCLR(config.temperature, config.negatives, config.seed),
         "vicreg": VICReg,
-        "byol": lambda: BYOL(encoder, config.dim, config.projector, steps),
+        "byol": lambda: BYOL(encoder, config.dim, config.projector, steps, config.precision),
         "swav": lambda: SwAV(config.dim, config.temperature),
-        "ressl": lambda: ReSSL(encoder, config.dim, config.temperature),
+        "ressl": lambda: ReSSL(encoder, config.dim, config.temperature, precision=config.precision),
         "single": lambda: SingleBranch(
-            untrained_features(encoder, images, config, augmentation) if config.bank_start == "features" else None,
+            untrained_features(encoder, images, config, augmentation) if config.bank_start == "features" and not config.resume else None,
             len(images), config.dim, config.temperature, config.others, config.distillation, config.bank_momentum,
             config.bank_update, lambda: encoder.mixed, config.seed),
     }[config.method]()

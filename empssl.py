@@ -64,6 +64,7 @@ class Config:
     projector: int = flag(None, "width between the representation and the embedding")
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
+    probe_epochs: str = flag(None, "probe after these epochs too, as 1,10; the time it takes is not training's")
     eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid, or the image whole",
                                   choices=("train", "grid", "whole"))
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
@@ -475,12 +476,11 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
     `objective(z, x, index)` stands in for EMP-SSL's loss, of embeddings, their patches and their images' numbers; its
     parameters are trained and all its state is saved (baselines.py).
     Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where
-    b > N, `FloatingPointError`, before anything could be saved, where a loss was not finite, and `io.Stopped`, with
+    b > N, `FloatingPointError`, before anything is saved, where loss or weights are not finite, and `io.Stopped`, with
     all saved, after a signal.
     """
-    n, b = config.patches, config.batch
-    N, device = len(images), next(encoder.parameters()).device
-    steps = N // b
+    n, b, N = config.patches, config.batch, len(images)
+    steps, device = N // b, next(encoder.parameters()).device
     T = config.epochs * steps
     if steps == 0:
         raise UsageError(f"--batch {b} is larger than the data set's {N} training images; give a smaller --batch.")
@@ -520,11 +520,12 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
             bar.update()
 
             epoch_ends = i + 1 == steps
-            signal, save = folder.asked() if folder else (0, False)
-            if (t + 1) % 10 == 0 or t + 1 == first + 10 or epoch_ends or save or signal:
-                if bad_step >= 0:
-                    raise FloatingPointError(f"The loss was not finite at step {int(bad_step) + 1} of {T}; what was "
-                                             f"saved before is kept. Try a smaller --lr or --precision float32.")
+            signal, due = folder.asked() if folder else (0, False)
+            saving = due or signal or epoch_ends
+            if (t + 1) % 10 == 0 or t + 1 == first + 10 or saving:
+                if bad_step >= 0 or saving and not torch.stack([p.isfinite().all() for p in parameters]).all():
+                    raise FloatingPointError(f"Loss or weights were not finite at step {int(bad_step) + 1 or t + 1} of {T}; what was "
+                                             "saved before is kept. Try a smaller --lr or --precision float32.")
                 now = seconds + time.perf_counter() - clock
             if (t + 1) % 10 == 0 or epoch_ends:
                 u = F.normalize(z.detach(), dim=-1)
@@ -541,7 +542,7 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
                 io.agree_on_buffers(encoder)
                 log({"step": t + 1, "epoch": epoch + 1, "train_seconds": seconds} | after_epoch(epoch))
                 clock = time.perf_counter()
-            if folder and (save or signal or epoch_ends):
+            if folder and saving:
                 folder.save({"step": t + 1, "seconds": seconds + time.perf_counter() - clock, "record": record,
                              "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
                              "objective": objective.state_dict() if objective else {}})
@@ -741,7 +742,9 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
 
         def after_epoch(epoch):
             io.save_encoder(folder.path / "encoder.pt", encoder)
-            return holdout_knn(encoder, data, config, at_eval)
+            if str(epoch + 1) not in (config.probe_epochs or "").split(",") or data.test_labels is None:
+                return holdout_knn(encoder, data, config, at_eval)
+            return probe(features(encoder, data, config, at_eval), data, config, at_eval)
         with folder.catching_signals():
             record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch, folder, objective)
     started = time.perf_counter()

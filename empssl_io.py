@@ -273,7 +273,11 @@ def _fill_cache(cache: Path, splits: list, size: int) -> None:
         if bad:
             print(f"{len(bad)} of {len(files)} images could not be read and were skipped.")
         (scratch / "meta.json").write_text(json.dumps(meta))
-        os.replace(scratch, cache)
+        try:
+            os.replace(scratch, cache)
+        except OSError:                                         # another process has decoded them meanwhile
+            if not (cache / "meta.json").is_file():
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -345,12 +349,15 @@ class RunFolder:
         self.saving = {"checkpoints": 0, "checkpoint_bytes": 0, "saving_seconds": 0.0}      # copying, then writing
         if rank() > 0:
             return
-        if not resume and not force and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UsageError(f"{self.path} holds a run already; go on with it by --resume {self.path}, choose another "
-                             f"--name, or overwrite it with --force.")
+        restarted = any(int(os.environ.get(f"{who}_RESTART_COUNT") or 0) for who in ("TORCHELASTIC", "SLURM"))
+        if not resume and (not force or restarted) and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(f"{self.path} holds a run already; go on with it by --resume {self.path}, choose another --name, or "
+                             f"overwrite it with --force (which a job that torchrun or Slurm has restarted may not).")
         self.path.mkdir(parents=True, exist_ok=True)
         _claim(self.path)
         for old in self.path.glob(".*.[0-9]*" if resume else "*"):      # what a kill left half written, or the run before
+            if old.name == LOCK:
+                continue
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         if not resume or not (self.path / "config.json").exists():
             save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
@@ -429,14 +436,22 @@ class RunFolder:
                     state = torch.load(path, map_location="cpu", weights_only=True)
                     if state["digest"] != _digest(state):
                         raise ValueError
+                except (OSError, MemoryError):                  # the disk or this machine, not the file
+                    raise
                 except Exception:                               # cut short, damaged, or not ours
                     state = None
                     damaged.append(path)
         if damaged and state is None:
             raise UsageError(f"{damaged[0]} is damaged and there is no whole one before it; "
                              f"start again with --name {self.path.name} --force and the run's flags (config.json has them).")
+        step = state["step"] if state else 0
+        if len(set(gather_objects(step))) > 1:
+            raise UsageError(f"The processes read checkpoints of different steps in {self.path}; see that all of them see the same "
+                             f"files, and resume again.")
         if damaged:
-            print(f"{damaged[0]} is damaged; going on from {self.path / 'checkpoint-previous.pt'}, of step {state['step']}.")
+            print(f"{damaged[0]} is damaged; going on from {self.path / 'checkpoint-previous.pt'}, of step {step}.")
+            if rank() == 0:                                     # aside, lest the next save take it for the one before
+                os.replace(damaged[0], self.path / "checkpoint-damaged.pt")
         if state is None:
             print(f"{self.path} holds no checkpoint yet: its training begins anew.")
         if state and state["config"].get("images") != self.config.get("images"):
@@ -447,8 +462,10 @@ class RunFolder:
         if state and state["config"]["commit"] != self.config["commit"]:
             print(f"this run began with the code at {state['config']['commit']} and goes on with {self.config['commit']}: "
                   f"its end may differ from that of an unbroken run.")
+        if state and state["config"].get("processes") != self.config.get("processes"):
+            print(f"this run began with {state['config'].get('processes')} processes and goes on with {self.config['processes']}: "
+                  f"its end may differ from that of an unbroken run.")
         if rank() == 0:
-            step = state["step"] if state else 0
             kept = [r for r in self.records() if r.get("step", math.inf) <= step]
             kept.append({"step": step, "resumed": {k: self.config[k] for k in ("commit", "hardware", "started")}})
             kept = [json.dumps(r) + "\n" for r in kept]
@@ -476,7 +493,10 @@ class RunFolder:
                 self.written()
                 raise
             self.written()
+            if number := self.asked()[0]:
+                raise Stopped(number, f"stopped before probing; the training is done and saved; to go on: {PROGRAM} --resume {self.path}")
         finally:
+            self.writer.shutdown()                              # whatever has happened, what is being written is written
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -487,7 +507,7 @@ class RunFolder:
             self.writing.result()
         answer = torch.tensor([self.signal, time.monotonic() - self.saved_at > 60 * self.save_every])
         if processes() > 1:
-            dist.all_reduce(answer, dist.ReduceOp.MAX, group=_patient)
+            dist.all_reduce(answer, dist.ReduceOp.MAX, group=_prompt)
         return int(answer[0]), bool(answer[1])
 
 
@@ -498,6 +518,7 @@ def run_folder(config, data: Dataset) -> RunFolder:
     return RunFolder(path, about, config.resume, config.force, config.save_every)
 
 
+LOCK = ".lock"
 _claimed: dict[Path, int] = {}      # run folders that this process holds, each with its open descriptor
 
 
@@ -507,14 +528,15 @@ def _claim(folder: Path) -> None:
         import fcntl
         if folder.resolve() in _claimed:
             return
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)      # a file, as NFS locks no folders
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise UsageError(f"Another process is at work in {folder}; wait for it or stop it first.") from None
-        except OSError:                                         # a file system without locks
+        except OSError as error:
             os.close(descriptor)
+            print(f"{folder} cannot be locked ({error.strerror}): see to it that no other process works in it.")
             return
         _claimed[folder.resolve()] = descriptor
 
@@ -558,7 +580,7 @@ def _signals() -> list[int]:
     return [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal asked for the end, and everything is saved. Arguments: the signal's number, what to say."""
 
 
@@ -580,6 +602,9 @@ def save_atomically(path: Path, write, before=lambda: None) -> None:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -661,17 +686,19 @@ def default_name(dataset: str) -> str:
 
 # ---- processes: torchrun starts them and says which one this is ----
 
+_prompt = None                      # a group for host tensors that gives up after a minute, as the main one does
 _patient = None                     # a group that waits for process 0 while it decodes or saves; the others' limit is a minute
 
 
 def join_processes(device: str) -> None:
     """Meet the other processes that torchrun started, if it did."""
-    global _patient
+    global _patient, _prompt
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=1))
+    _prompt = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=1))
     _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -694,13 +721,23 @@ def first_process_first(load):
     """`load()` in process 0, which may download and decode, then in the others, which find what it left."""
     value = load() if rank() == 0 else None
     wait_for_first()
-    return load() if rank() > 0 else value
+    value = load() if rank() > 0 else value
+    wait_for_first()
+    return value
 
 
 def wait_for_first() -> None:
     """The others wait here, as long as it takes, for what process 0 alone does."""
     if processes() > 1:
         dist.barrier(_patient)
+
+
+def gather_objects(value) -> list:
+    """`value` of each process."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value, group=_patient)
+    return values
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -747,20 +784,35 @@ def agree_on_buffers(encoder: torch.nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+class _Screen:
+    """Where a progress bar is drawn: stderr, but a reader that has gone (tee, at Ctrl-C) must not end a training."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+
 def progress(*args, **kwargs) -> tqdm:
-    return tqdm(*args, dynamic_ncols=True, disable=rank() > 0, **kwargs)
+    return tqdm(*args, file=_Screen(), dynamic_ncols=True, disable=rank() > 0, **kwargs)
 
 
 # ---- the machine and the command line ----
 
 def pick_device(wanted: str) -> str:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-    if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if device.startswith("cuda") and "TORCHELASTIC_RUN_ID" in os.environ:               # each process has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device)
     except Exception as error:                                  # torch raises many kinds for a device it lacks
-        raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from None
+        raise UsageError(f"--device {device[:40]} cannot be used here ({str(error).splitlines()[0][:200]}); try cpu.") from None
     return device
 
 
@@ -804,7 +856,7 @@ def provenance(device: str) -> dict:
     return {"command": " ".join(["python", program, *sys.argv[1:]]), "commit": commit or "unknown",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "torchvision": torchvision.__version__},
-            "hardware": describe_device(device), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            "hardware": describe_device(device), "processes": processes(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 def to_device(data: Dataset, device: str) -> Dataset:
@@ -895,6 +947,8 @@ def settings(config, presets: dict):
         raise UsageError(f"--eval-patches {config.eval_patches} makes no even grid; give a square such as 1, 4, 9 or 16.")
     if config.eval_augmentation == "whole" and config.eval_patches != 1:
         raise UsageError(f"--eval-augmentation whole shows an image once; give --eval-patches 1 and not {config.eval_patches}.")
+    if config.probe_epochs and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.probe_epochs):
+        raise UsageError(f"--probe-epochs {config.probe_epochs!r} is no list of epochs; give one such as 1,10.")
     if config.name is not None and not re.fullmatch(r"\w[\w.=+-]{0,99}", config.name):
         raise UsageError(f"--name {config.name!r} is no plain folder name; use up to 100 letters, digits and -._=+ only.")
     for name in ("lr", "eps2"):
@@ -973,6 +1027,8 @@ def mistakes_in_one_sentence():
     """What a user can mend ends the program with one sentence and code 2; a loss that is not finite, or a lost process,
     with code 1; a signal with 128 + its number."""
     def stopped(number, frame):
+        for each in before:                                     # a second one ends the process at once
+            signal.signal(each, signal.SIG_DFL)
         to_go_on = "".join(f"; to go on: {PROGRAM} --resume {os.path.relpath(folder)}" for folder in _claimed)
         raise Stopped(number, f"stopped; what was written before is kept{to_go_on}")
     before = {number: signal.signal(number, stopped) for number in _signals()}

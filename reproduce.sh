@@ -2,7 +2,14 @@
 # bash reproduce.sh          set up, train, probe, draw: CIFAR-10 if it is there or can be downloaded, else shapes
 # bash reproduce.sh test     set up, run the tests
 # bash reproduce.sh test-long  the same, and the CPU ops under sanitizers and under the oldest PyTorch supported (downloaded)
-# bash reproduce.sh peers    train every method of baselines.py and every ablation, at equal epochs and at equal seconds
+# bash reproduce.sh cifar10|cifar100|tinyimagenet|imagenet100    the paper's tables: 1, 10, 30 epochs of 20 and 200 patches
+# bash reproduce.sh transfer   CIFAR-10's encoder on CIFAR-100 and back, or --from FOLDER --to FOLDER
+# bash reproduce.sh ablation   patches, batch, lambda, LARS
+# bash reproduce.sh peers      every method of baselines.py, at equal epochs and at equal seconds
+#                              these take --seeds N, --subset N (a rehearsal), --anyway (on a CPU) and go on where they were cut off
+# bash reproduce.sh laptop     the search for the laptop preset
+# bash reproduce.sh figures    README's tables and pictures anew, from results/
+# bash reproduce.sh all        all of these, one after the other
 # bash reproduce.sh gpu      on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
 # else .venv is made here, on top of that Python's torch and torchvision if it has them.
@@ -50,10 +57,27 @@ test|test-long)
         bash tests/other_torch.sh "$PY"
     fi
     ;;
-peers)
+cifar10|cifar100|tinyimagenet|imagenet100|transfer|ablation|peers)
     setup figures matplotlib sklearn
-    "$PY" benchmarks/peers.py "${@:2}"
+    "$PY" benchmarks/evidence.py "$command" "${@:2}"
     "$PY" report.py --readme
+    ;;
+laptop)
+    setup figures matplotlib sklearn
+    "$PY" benchmarks/laptop.py "${@:2}"
+    "$PY" report.py --readme
+    ;;
+figures)
+    setup figures matplotlib sklearn
+    "$PY" report.py --peers
+    "$PY" report.py --readme
+    ;;
+all)
+    status=0
+    for each in main cifar10 cifar100 transfer ablation peers laptop figures; do
+        bash "$0" "$each" "${@:2}" || status=$?     # one that is refused here says why
+    done
+    exit $status
     ;;
 gpu)
     setup dev pytest hypothesis pybind11 ninja setuptools
@@ -67,7 +91,7 @@ gpu)
     "$PY" report.py --readme
     ;;
 *)
-    echo "error: there is no command '$command'; the commands are: (none), test, test-long, peers, gpu." >&2
+    echo "error: there is no command '$command'; the commands are: (none), test, test-long, cifar10, cifar100, tinyimagenet, imagenet100, transfer, ablation, peers, laptop, figures, all, gpu." >&2
     exit 2
     ;;
 esac

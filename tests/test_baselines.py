@@ -49,6 +49,11 @@ def test_simclr_has_as_many_negatives_as_asked_for(negatives):
     assert SimCLR(0.2, negatives)(torch.ones(2, 5, 3)).item() == pytest.approx(math.log(1 + min(negatives, 8)))
 
 
+def test_simclrs_negatives_are_drawn_without_replacement():
+    z = double(2, 5, 3)
+    assert SimCLR(0.2, negatives=8)(z).item() == pytest.approx(SimCLR(0.2)(z).item())           # all 8 of them
+
+
 def test_simclrs_negatives_are_of_other_images_and_change():
     z = torch.stack([torch.eye(6, dtype=torch.float64)] * 2)                    # views of an image equal, images orthogonal
     one = SimCLR(1.0, negatives=1)
@@ -73,12 +78,19 @@ def test_gradients(objective):
 def test_vicregs_terms_one_by_one():
     z = torch.randn(2, 200, 4, dtype=torch.float64)
     assert VICReg.invariance(torch.stack([z[0], z[0] + 3])).item() == pytest.approx(9)
+    assert VICReg.invariance(torch.stack([z[0], -z[0]])).item() == pytest.approx(4 * z[0].pow(2).mean().item())
     assert VICReg.variance(2 * z).item() == 0                                   # deviations beyond 1 are not asked for more
     assert VICReg.variance(0 * z).item() == pytest.approx(2 * (1 - 0.01))       # both views, sqrt(1e-4) each
+    assert VICReg.variance(torch.stack([2 * z[0], 0 * z[1]])).item() == pytest.approx(1 - 0.01) == VICReg.variance(
+        torch.stack([0 * z[0], 2 * z[1]])).item()
+    pair = torch.tensor([0.0, 0.1], dtype=torch.float64).view(1, 2, 1).expand(2, 2, 1)          # unbiased variance 0.005
+    assert VICReg.variance(pair).item() == pytest.approx(2 * (1 - math.sqrt(0.005 + 1e-4)))
     white = torch.linalg.qr(z - z.mean(1, keepdim=True))[0]
     assert VICReg.covariance(white).item() == pytest.approx(0, abs=1e-20)
     a = z[0, :, :1] / z[0, :, :1].std()
     assert VICReg.covariance(torch.stack([torch.cat([a, 3 * a], 1)] * 2)).item() == pytest.approx(2 * 2 * 9 / 2)   # views, places, d
+    one_view = torch.stack([torch.cat([a, 3 * a], 1), torch.zeros(200, 2, dtype=torch.float64)])
+    assert VICReg.covariance(one_view).item() == pytest.approx(9) == VICReg.covariance(one_view.flip(0)).item()
     loss = 25 * VICReg.invariance(z) + 25 * VICReg.variance(z) + VICReg.covariance(z)
     assert VICReg()(z).item() == pytest.approx(loss.item())
 
@@ -102,6 +114,9 @@ def test_byol_predicts_the_targets_embedding_of_the_other_view():
     assert loss.item() == pytest.approx(2 * sum(far) / 4)
     loss.backward()
     assert all(p.grad is None for p in byol.target.parameters()) and z.grad.abs().sum() > 0
+    byol.predict, byol.steps, byol.calls = nn.Identity(), 10, 10                # the target stands still
+    byol.target.network.weight.data.copy_(torch.eye(2).flip(0))                 # and mirrors: 90 - angle
+    assert byol(z, x).item() == pytest.approx(2 * sum(far) / 4)
 
 
 def test_a_target_follows_its_online_network():
@@ -115,6 +130,9 @@ def test_a_target_follows_its_online_network():
     byol.calls = 100
     byol(torch.ones(2, 1, 1), torch.ones(2, 1))
     assert byol.target.network.weight.item() == pytest.approx(before + 0.01)    # and 1 at the end
+    byol.calls = 25
+    byol(torch.ones(2, 1, 1), torch.ones(2, 1))                                 # by a cosine on the way
+    assert byol.target.network.weight.item() == pytest.approx(before + 0.01 + 0.99 * 0.005 * (1 + math.cos(math.pi / 4)), rel=1e-5)
     assert not any(p is online.weight for p in byol.parameters())
 
 
@@ -139,12 +157,31 @@ def test_swav_predicts_the_other_views_code():
     assert swav(torch.stack([torch.eye(4), torch.eye(4)[[1, 0, 3, 2]]]).flip(0)).item() == pytest.approx(10, rel=0.01)
 
 
+def test_swavs_prototypes_are_unit_rows_and_codes_have_no_gradient():
+    swav = SwAV(4, 0.1, prototypes=6, queue=8)
+    swav.prototypes.data *= 5
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    swav(z).backward()
+    assert torch.allclose(swav.prototypes.norm(dim=1), torch.ones(6))
+    u = F.normalize(z.detach(), dim=-1).requires_grad_()
+    scores = u @ swav.prototypes.detach().T
+    codes = torch.stack([sinkhorn(view) for view in scores]).detach()
+    (-(codes.flip(0) * F.log_softmax(scores / 0.1, -1)).sum(-1).mean()).backward()
+    radial = (u.grad * u.detach()).sum(-1, keepdim=True) * u.detach()
+    assert torch.allclose(z.grad, (u.grad - radial) / z.detach().norm(dim=-1, keepdim=True), atol=1e-5)
+
+
 def test_swavs_queue_serves_once_it_is_full_and_gets_no_gradient():
     swav, plain = (SwAV(4, 0.1, prototypes=6, queue=queue) for queue in (8, 10_000))
     plain.prototypes.data.copy_(swav.prototypes.data)
     batches = [torch.randn(2, 4, 4, requires_grad=True) for _ in range(4)]
     losses = [(swav(z).item(), plain(z).item()) for z in batches[:3]]
     assert losses[0][0] == losses[0][1] and losses[1][0] == losses[1][1] and losses[2][0] != losses[2][1]
+    with torch.no_grad():
+        scores = [F.normalize(batches[2], dim=-1) @ swav.prototypes.T, torch.cat([F.normalize(batches[i], dim=-1) for i in (1, 0)], 1) @ swav.prototypes.T]
+        codes = torch.stack([sinkhorn(torch.cat([scores[0][v], scores[1][v]]))[:4] for v in (0, 1)])
+        wanted = -(codes.flip(0) * F.log_softmax(scores[0] / 0.1, -1)).sum(-1).mean()
+    assert losses[2][0] == pytest.approx(wanted.item(), rel=1e-5)
     newest = torch.cat([F.normalize(batches[i], dim=-1) for i in (2, 1)], 1)
     assert torch.equal(swav.queue, newest) and not swav.queue.requires_grad
 
@@ -160,6 +197,19 @@ def test_ressl_relates_to_the_queue_as_the_weak_view_does():
     wanted = -(torch.softmax(cos(50) / 0.04, 0) * torch.log_softmax(cos(10) / 0.1, 0)).sum()
     assert ressl(x.view(2, 1, 2), x).item() == pytest.approx(wanted.item())
     assert torch.allclose(ressl.queue, unit(50, 0, 90))                         # the weak view's embedding, the oldest gone
+
+
+def test_ressls_teacher_is_the_target_and_follows():
+    online = nn.Linear(2, 2, bias=False).double()
+    nn.init.eye_(online.weight)
+    ressl = ReSSL(online, 2, temperature=0.1, queue=2).double()
+    ressl.queue.copy_(unit(0, 90))
+    online.weight.data.copy_(torch.eye(2).flip(0))
+    x = torch.cat([unit(10), unit(50)])
+    ressl(x.view(2, 1, 2).requires_grad_(), x).backward()
+    assert torch.allclose(ressl.target.network.weight, torch.tensor([[0.99, 0.01], [0.01, 0.99]], dtype=torch.float64))
+    assert ressl.target.network.weight.grad is None
+    assert torch.allclose(ressl.queue[0], F.normalize(x[1] @ ressl.target.network.weight.T, dim=0))     # the target's, not z
 
 
 # ---- single-branch discrimination ----
@@ -215,6 +265,10 @@ def test_the_moving_average_moves_the_batchs_rows_alone():
     single(z.unsqueeze(0), None, torch.tensor([1, 5]))
     assert torch.allclose(single.bank[[1, 5]], F.normalize(0.7 * before[[1, 5]] + 0.3 * z, dim=1))
     assert torch.allclose(single.bank[[0, 2, 3, 4]], before[[0, 2, 3, 4]])
+    mixed = bank(update="average", momentum=0.7, mixed=lambda: (torch.tensor([1, 0]), 0.6))     # as released: its own row alone
+    mixed.bank.copy_(before)
+    mixed(z.unsqueeze(0), None, torch.tensor([1, 5]))
+    assert torch.allclose(mixed.bank[[1, 5]], F.normalize(0.7 * before[[1, 5]] + 0.3 * z, dim=1))
 
 
 def test_mixed_images_belong_to_both_rows():
@@ -223,6 +277,17 @@ def test_mixed_images_belong_to_both_rows():
     log_p = torch.log_softmax(unit(30, 80) @ unit(0, 90).T / 0.5, 1)
     wanted = -(0.75 * (log_p[0, 0] + log_p[1, 1]) + 0.25 * (log_p[0, 1] + log_p[1, 0])) / 2
     assert single(unit(30, 80).unsqueeze(0), None, torch.tensor([0, 1])).item() == pytest.approx(wanted.item())
+    pull = torch.tensor([[0.75, 0.25], [0.25, 0.75]], dtype=torch.float64) - log_p.exp()
+    assert torch.allclose(single.bank, F.normalize(0.5 * unit(0, 90) + 0.5 * pull.T @ unit(30, 80), dim=1))
+
+
+def test_singles_distillation_is_of_the_cosines_without_temperature():
+    plain, distilled = bank(N=4, d=2, others=10), bank(N=4, d=2, others=10, distillation=3.0)
+    for single in (plain, distilled):
+        single.bank.copy_(unit(0, 90, 180, 270))
+    z = unit(30, 80)
+    added = [single(z.unsqueeze(0), None, torch.tensor([0, 2])).item() for single in (distilled, plain)]
+    assert added[0] - added[1] == pytest.approx(3 * sqrt_kl(z @ unit(0, 90, 180, 270).T).item())
 
 
 def test_sqrt_kl():
@@ -246,14 +311,27 @@ def test_a_bank_that_begins_as_features():
 def test_cut_mix_pastes_what_it_says():
     x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)
     shares = []
-    for seed in range(20):
-        mixed, (partner, share) = cut_mix(x, 1.0, torch.Generator().manual_seed(seed))
+    for seed in range(200):
+        mixed, (partner, share) = cut_mix(x, 0.5, torch.Generator().manual_seed(seed))
         kept = (mixed == x).float().mean((1, 2, 3))
         here = partner != torch.arange(4)
         assert torch.allclose(kept[here], torch.full_like(kept[here], share))
         assert all(set(mixed[j].unique().tolist()) <= {float(j), float(partner[j])} for j in range(4))
         shares.append(share)
-    assert len(set(shares)) > 10 and cut_mix(x, 0.0, torch.Generator())[1][1] == 1.0
+    # Beta(1/2, 1/2), the larger part stays: a mean of 1/2 + 1/pi where no box leaves the image, and more where it does
+    assert min(shares) >= 0.49 and 0.82 < sum(shares) / 200 < 0.92 and len(set(shares)) > 30
+
+
+def test_each_view_has_its_own_batch_statistics_and_ressls_weak_one_is_left_out():
+    images = io.load_dataset("shapes", subset=64).train_images
+    x = torch.randn(64, 3, 16, 16)
+    for method, views in (("simclr", 2), ("ressl", 1), ("byol", 2)):
+        encoder, objective, _ = baselines.method(config(method), images)
+        z = encoder.train()(x)
+        alone = [encoder.project(encoder.representation(view)) for view in x.chunk(2)]
+        assert torch.allclose(z[:32], alone[0], atol=1e-5) and torch.allclose(z[32:], alone[1] if views == 2 else torch.zeros(1), atol=1e-5)
+    answer = objective.target(x)                                                # BYOL's target sees the views apart too
+    assert torch.allclose(answer[32:], objective.target(x[32:].repeat(2, 1, 1, 1))[32:], atol=1e-5)
 
 
 def config(method, **settings):
@@ -275,6 +353,23 @@ def test_views_as_published():
     assert (noise[..., 2:4] == 32).all() and (noise[..., 4] == 0).all()
 
 
+def test_published_settings():
+    """Literals, so that none changes unseen."""
+    said = {name: (c["lr"], c["weight_decay"], c["batch"], c["dim"], c.get("temperature"), c["optimizer"])
+            for name, c in baselines.PUBLISHED.items() if name != "empssl"}
+    assert said == {"simclr": (0.4, 1e-4, 256, 256, 0.2, "lars"), "vicreg": (0.3, 1e-4, 256, 2048, None, "lars"),
+                    "byol": (1.0, 1e-5, 256, 256, None, "lars"), "swav": (0.6, 1e-6, 256, 128, 0.1, "lars"),
+                    "ressl": (0.05, 1e-4, 256, 256, 0.1, "sgd"), "single": (1.0, 1e-4, 512, 2048, 0.2, "sgd")}
+    assert baselines.Config().cutmix == baselines.Config().bank_momentum == 0.5
+    assert (baselines.Config().distillation, baselines.Config().others) == (20, 10_000)
+
+
+def test_half_precision_embeddings_are_compared_in_float32():
+    for objective in (SimCLR(0.2), VICReg(), SwAV(8, 0.1, prototypes=5, queue=8)):
+        z = torch.randn(2, 4, 8)
+        assert objective(z.bfloat16()).dtype == torch.float32
+
+
 def test_noise_is_there_in_training_alone():
     encoder, objective, _ = baselines.method(config("simclr", noise=0.5), io.load_dataset("shapes", subset=64).train_images)
     seen = []
@@ -282,7 +377,7 @@ def test_noise_is_there_in_training_alone():
     x = torch.zeros(64, 3, 16, 16)
     encoder.train()(x)
     encoder.eval()(x)
-    assert seen[0].std().item() == pytest.approx(0.5, rel=0.05) and (seen[1] == 0).all()
+    assert torch.cat(seen[:2]).std().item() == pytest.approx(0.5, rel=0.05) and len(seen) == 3 and (seen[2] == 0).all()
 
 
 # ---- whole methods ----
@@ -299,7 +394,7 @@ def test_ten_steps_lower_the_objective(settings):
     params = empssl.sample_patches(32, c.patches, (32, 32), augmentation, torch.Generator().manual_seed(0))
     x = empssl.extract_patches(images, index, params, 16)
     optimizer = torch.optim.SGD([*encoder.parameters(), *objective.parameters()], lr=0.02, momentum=0.9)
-    encoder.cutmix, losses = 0.0, []
+    encoder.cutmix, encoder.mixed, losses = 0.0, None, []
     if c.method == "ressl":
         objective.queue = objective.queue[:0].new_empty(64, 16).copy_(F.normalize(torch.randn(64, 16), dim=1))
     for _ in range(11):
@@ -312,8 +407,9 @@ def test_ten_steps_lower_the_objective(settings):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("arguments", [["single"], ["simclr", "--negatives", "2", "--noise", "0.1"], ["byol"], ["swav"], ["ressl"]],
-                         ids=lambda a: a[0])
+@pytest.mark.parametrize("arguments", [["single"], ["single", "--bank-start", "random", "--bank-update", "average"],
+                                       ["simclr", "--negatives", "2", "--noise", "0.1"], ["byol"], ["swav"], ["ressl"]],
+                         ids=lambda a: "-".join(a[::2]))
 def test_a_stopped_run_goes_on_to_the_same_weights(arguments, in_tmp, short_runs, monkeypatch):
     run = ["--method", *arguments, "--dataset", "shapes", "--subset", "60", "--preset", "laptop", "--device", "cpu", "--batch", "20",
            "--hidden", "16", "--projector", "16", "--dim", "8", "--eval-patches", "1", "--epochs", "3"]
@@ -355,7 +451,7 @@ def test_a_last_stage_is_added_and_what_is_below_it_stays(in_tmp, short_runs, ca
     assert len(below) == 6 and all(torch.equal(short["weights"][k], warm["weights"][k]) for k in below)
     with pytest.raises(SystemExit) as stop:
         baselines.main([*run, "--warm-last-stage", "runs/warm/encoder.pt", "--name", "again"])
-    assert stop.value.code == 2 and "must have been trained without" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is no encoder of --drop-last-stage" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--augmentation", "paper", "--negatives", "1"], ["--augmentation", "noise", "--noise", "0.2"]], ids=["one-negative", "noise"])

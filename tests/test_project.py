@@ -32,7 +32,8 @@ def test_the_readmes_commands_parse(in_tmp):
     scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
     assert scripts == ["bash reproduce.sh", "bash reproduce.sh test"]
     known = re.findall(r"^([\w|-]+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
-    assert known == ["main", "test|test-long", "peers", "gpu"]
+    assert known == ["main", "test|test-long", "cifar10|cifar100|tinyimagenet|imagenet100|transfer|ablation|peers", "laptop", "figures",
+                     "all", "gpu"]
     assert all(c.split()[0] in ("python", "bash", "pip", "torchrun") for c in COMMANDS)
 
 

@@ -94,6 +94,56 @@ def test_an_epoch_shows_every_image_once_and_the_cosine_ends_at_zero(monkeypatch
     assert metrics["patches_seen"] == 10 * 8 * 3
 
 
+def test_a_size_schedule_gives_each_side_its_share_of_the_steps(monkeypatch):
+    sides, cut = [], empssl.cut
+    monkeypatch.setattr(empssl, "cut", lambda *a: sides.append(cut(*a).shape[-1]) or cut(*a))
+    encoder, images, config = tiny_training(steps=10, size_schedule="8:0.3,12:0.5,16:0.2")
+    train(encoder, images, config, Augmentation())
+    assert sides == [8] * 3 + [12] * 5 + [16] * 2
+
+
+def test_a_size_schedule_ends_at_the_side_that_is_probed():
+    main([*SHAPES, "--name", "given", "--size-schedule", "8:0.5,16:0.5"])
+    assert torch.load("runs/given/encoder.pt", weights_only=True)["architecture"]["patch_size"] == 16
+    main([*SHAPES, "--name", "smaller", "--size-schedule", "16:0.5,8:0.5"])
+    assert torch.load("runs/smaller/encoder.pt", weights_only=True)["architecture"]["patch_size"] == 8
+
+
+@pytest.mark.parametrize("backbone,whole,less", [("small", 384, 192), ("resnet18", 512, 256)])
+def test_dropping_the_last_stage_leaves_the_others_as_they_are(backbone, whole, less):
+    torch.manual_seed(0)
+    short = Encoder(backbone, 16, hidden=8, projector=8, dim=4, drop_last_stage=True)
+    full = Encoder(backbone, 16, hidden=8, projector=8, dim=4)
+    ours, theirs = dict(short.backbone.named_parameters()), dict(full.backbone.named_parameters())
+    assert set(ours) < set(theirs) and all(ours[k].shape == theirs[k].shape for k in ours)
+    x = torch.randn(2, 3, 16, 16)
+    assert short.backbone(x).shape == (2, less) and full.backbone(x).shape == (2, whole)
+
+
+@pytest.mark.parametrize("name,kind", [("lars", empssl.LARS), ("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers(name, kind):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = empssl.new_optimizer(Config(optimizer=name, lr=0.25, weight_decay=0.5, eta=0.01), [p])
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is kind and group["lr"] == 0.25 and group["weight_decay"] == 0.5
+    assert group.get("eta", 0.01) == 0.01 and group.get("momentum", 0.9) == 0.9
+
+
+def test_probes_on_the_way():
+    whole = main([*SHAPES, "--epochs", "3", "--name", "demo", "--probe-epochs", "1,3"])
+    probed = [r for r in records("demo")[:-1] if "linear_top1" in r]
+    assert [r["epoch"] for r in probed] == [1, 3] and probed[1]["linear_top1"] == whole["linear_top1"]
+    assert probed[0]["train_seconds"] < probed[1]["train_seconds"] == whole["train_seconds"]
+    assert main([*SHAPES, "--epochs", "3", "--name", "plain"])["linear_top1"] == whole["linear_top1"]
+
+
+def test_the_whole_image_at_evaluation():
+    config = Config(augmentation="light", eval_augmentation="whole")
+    _, at_eval = empssl.augmentations(config, 32, 32)
+    params = empssl.sample_patches(5, 1, (32, 32), at_eval)
+    assert (params[..., :4] == torch.tensor([0.0, 0, 32, 32])).all() and (params[..., 4] == 0).all()
+
+
 def test_r_and_d_are_reported_with_their_own_signs():
     encoder, images, config = tiny_training()
     log = []
@@ -228,6 +278,13 @@ def test_the_first_lines_say_what_is_to_come(capsys):
     ([*SHAPES, "--eval-only", "--checkpoint", "good.pt", "--backbone", "resnet18"], "another architecture"),
     ([*SHAPES, "--eval-only", "--checkpoint", "odd.pt"], "another architecture"),
     ([*SHAPES, "--export-features", "no/such/folder/f.npz"], "--export-features"),
+    ([*SHAPES, "--size-schedule", "16:0.5,8"], "sides and shares"),
+    ([*SHAPES, "--size-schedule", "16:0.5,8:0.4"], "sum to 1"),
+    ([*SHAPES, "--size-schedule", "16:0.5,64:0.5"], "larger than the 32x32 images"),
+    ([*SHAPES, "--size-schedule", "2:0.5,16:0.5"], "between 5 and"),
+    ([*SHAPES, "--probe-epochs", "1,x"], "list of epochs"),
+    ([*SHAPES, "--eval-augmentation", "whole"], "--eval-patches 1"),
+    ([*SHAPES, "--eta", "-1"], "--eta is -1"),
 ], ids=lambda x: " ".join(x[-3:]) if isinstance(x, list) else "")
 def test_mistakes(arguments, sentence, in_tmp, capsys):
     (in_tmp / "empty").mkdir()
@@ -272,7 +329,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_encoder(monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         main([*SHAPES, "--epochs", "2", "--name", "demo"])
     assert stop.value.code == 2 and "disk is full" in capsys.readouterr().err
-    assert sorted(p.name for p in (io.RUNS / "demo").iterdir()) == ["config.json", "encoder.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in (io.RUNS / "demo").iterdir()) == [".lock", "config.json", "encoder.pt", "metrics.jsonl"]
     io.load_checkpoint(io.RUNS / "demo" / "encoder.pt")
 
 

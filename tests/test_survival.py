@@ -135,7 +135,7 @@ def test_what_a_kill_left_half_written_is_cleared_away(monkeypatch, capsys):
         file.unlink()
     (io.RUNS / "demo" / ".checkpoint.pt.12345").write_bytes(b"half of it")
     main(["--resume", "runs/demo"])
-    assert not list((io.RUNS / "demo").glob(".*"))
+    assert not list((io.RUNS / "demo").glob(".*.[0-9]*"))
     assert "holds no checkpoint yet: its training begins anew" in capsys.readouterr().out
 
 
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(monkeypat
             main([*RUN, "--name", "stopped"])
     assert stop.value.code == 2 and "disk is full" in capsys.readouterr().err
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 6
-    assert not list((io.RUNS / "stopped").glob(".*"))
+    assert not list((io.RUNS / "stopped").glob(".*.[0-9]*"))
 
 
 def test_a_disk_that_is_really_full(tmp_path):
@@ -262,7 +262,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "kept" in done.stderr.splitlines()[-1], done.stderr
     assert torch.load("runs/demo/checkpoint.pt", weights_only=True)["step"] == 1
-    assert not list((io.RUNS / "demo").glob(".*"))
+    assert not list((io.RUNS / "demo").glob(".*.[0-9]*"))
 
 
 def test_checkpoints_come_by_the_clock(monkeypatch):
@@ -283,6 +283,73 @@ def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(monkeypatch):
         main([*RUN, "--name", "broken", "--save-every", "0"])
     saved = torch.load("runs/broken/checkpoint.pt", weights_only=True)
     assert stop.value.code == 1 and saved["step"] == 4 and all(w.isfinite().all() for w in saved["encoder"].values())
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(monkeypatch):
+    """A finite loss with a gradient that is not: the next loss would show it, one save too late."""
+    step, calls = empssl.LARS.step, []
+
+    def poison(optimizer):
+        step(optimizer)
+        if calls.append(1) or len(calls) == 5:
+            optimizer.param_groups[0]["params"][0].data[0] = float("nan")
+    monkeypatch.setattr(empssl.LARS, "step", poison)
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, "--name", "broken", "--save-every", "0"])
+    assert stop.value.code == 1 and torch.load("runs/broken/checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_a_restarted_job_does_not_overwrite_its_own_run(monkeypatch, capsys):
+    main([*RUN, "--name", "demo"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, "--name", "demo", "--force"])
+    assert stop.value.code == 2 and "--resume runs/demo" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    main([*RUN, "--name", "demo", "--force"])
+
+
+def test_a_disk_that_cannot_be_read_is_not_a_damaged_checkpoint(monkeypatch, capsys):
+    stop_after(7, monkeypatch)
+    with pytest.raises(SystemExit):
+        main([*RUN, "--name", "stopped"])
+    load, before = torch.load, sorted(p.name for p in (io.RUNS / "stopped").iterdir())
+
+    def unreadable(path, **how):
+        if Path(path).name.startswith("checkpoint"):
+            raise OSError(5, "Input/output error", str(path))
+        return load(path, **how)
+    monkeypatch.setattr(torch, "load", unreadable)
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", "runs/stopped"])
+    assert stop.value.code == 2 and "Input/output error" in capsys.readouterr().err
+    assert sorted(p.name for p in (io.RUNS / "stopped").iterdir()) == before
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(monkeypatch):
+    stop_after(7, monkeypatch)
+    with pytest.raises(SystemExit):
+        main([*RUN, "--name", "stopped"])
+    damage_one_bit(io.RUNS / "stopped" / "checkpoint.pt")
+    monkeypatch.setattr(io.RunFolder, "save", lambda *a: pytest.fail("as if killed here"))
+    with pytest.raises(BaseException):
+        main(["--resume", "runs/stopped"])
+    assert torch.load("runs/stopped/checkpoint-previous.pt", weights_only=True)["step"] == 6
+    assert not (io.RUNS / "stopped" / "checkpoint.pt").exists() and (io.RUNS / "stopped" / "checkpoint-damaged.pt").exists()
+
+
+def test_a_reader_of_the_progress_bar_that_goes_does_not_end_the_training():
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, str(ROOT / "empssl.py"), *RUN, "--name", "alone"], stdout=subprocess.DEVNULL, stderr=writer)
+    os.close(reader), os.close(writer)
+    assert process.wait(120) == 0 and io.RunFolder(io.RUNS / "alone", {}, resume=True).finished()
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(monkeypatch):
+    with pytest.raises(io.Stopped, match="training is done"):
+        folder = io.RunFolder(io.RUNS / "demo", {})
+        with folder.catching_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("arguments,sentence", [

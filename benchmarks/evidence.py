@@ -1,0 +1,217 @@
+"""Every number of the README, from the run that it came from: python benchmarks/evidence.py COMMAND [--seeds 3]
+
+    cifar10, cifar100           1, 10 and 30 epochs of 20 and 200 patches, each with a cosine that ends at its own last epoch
+    tinyimagenet, imagenet100   1 and 10 epochs, from --data-dir
+    transfer                    CIFAR-10's encoder probed on CIFAR-100 and the other way round; or --from A --to B, two folders
+    ablation                    patches, batch, lambda, LARS, at one epoch of CIFAR-10
+    peers                       every method of baselines.py, at equal epochs and at equal seconds
+
+Says first what will run and about how long it takes here. A run that was cut off is resumed, one that has a record in
+results/COMMAND/ for the same recipe is left alone. On a CPU the paper's recipes take days: they are refused, with an
+estimate, unless --anyway or --subset N asks for them.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import baselines            # noqa: E402
+import empssl               # noqa: E402
+import empssl_io as io      # noqa: E402
+import report               # noqa: E402
+
+GPU = torch.cuda.is_available()
+
+
+class Run(NamedTuple):
+    name: str                   # of its record, results/<command>/<name>.json
+    flags: str                  # of baselines.py, which takes all of empssl.py's; a run of EMP-SSL is empssl.py's own
+    after: str = ""             # the run whose encoder is probed
+
+
+def paper(dataset: str, data_dir: str = "data") -> list[Run]:
+    """The paper's table: epochs by patches. A 30-epoch run is also probed after its first and tenth epoch, one of 10 after
+    each, for the time that it takes to 80, 85 and 90 %."""
+    runs = []
+    for patches in (20, 200):
+        for epochs in (1, 10, 30):
+            seen = {1: "", 10: " --probe-epochs 1,2,3,4,5,6,7,8,9", 30: " --probe-epochs 1,10"}[epochs]
+            runs.append(Run(f"{dataset}-{epochs}-epochs-{patches}-patches",
+                            f"--dataset {dataset} --data-dir {data_dir} --preset paper --epochs {epochs} --patches {patches}{seen}"))
+    return runs
+
+
+def folders(dataset: str, data_dir: str) -> list[Run]:
+    return [Run(f"{dataset}-{epochs}-epochs-200-patches", f"--dataset {dataset} --data-dir {data_dir} --preset paper --epochs {epochs} "
+                f"--patches 200 --precision auto") for epochs in (1, 10)]
+
+
+def transfer(flags) -> list[Run]:
+    pairs = [("cifar10", "cifar100"), ("cifar100", "cifar10")]
+    data = {name: f"--dataset {name}" for pair in pairs for name in pair}
+    if flags.source:
+        a, b = Path(flags.source).name, Path(flags.target).name
+        pairs, data = [(a, b)], {a: f"--dataset imagefolder --data-dir {flags.source}", b: f"--dataset imagefolder --data-dir {flags.target}"}
+    preset = "paper" if GPU else "laptop"
+    runs = []
+    for a, b in pairs:
+        runs += [Run(f"{a}", f"{data[a]} --preset {preset} --epochs 1"),
+                 Run(f"{a}-to-{b}", f"{data[b]} --preset {preset} --eval-only", after=f"{a}")]
+    return runs
+
+
+ABLATION = {"as-the-preset": "", **{f"{n}-patches": f"--patches {n}" for n in (2, 5, 10, 50, 100, 200)},
+            **{f"batch-{b}": f"--batch {b}" for b in (50, 200, 400)}, **{f"lambda-{x}": f"--lam {x}" for x in (0, 10, 50, 400)},
+            "no-lars": "--optimizer sgd", "centre-crop-at-evaluation": "--eval-patches 1 --eval-augmentation grid"}
+
+
+def ablation() -> list[Run]:
+    return [Run(name, f"--dataset cifar10 --preset paper --epochs 1 {flags}") for name, flags in ABLATION.items()]
+
+
+# ---- peers: on a CPU preset laptop, 15,000 images, so that one epoch of EMP-SSL takes three minutes on two cores ----
+
+METHODS = {                     # each on EMP-SSL's patches, but for ReSSL's two kinds and the noise
+    "empssl": "",
+    "simclr": "--method simclr --augmentation {ours}",
+    "simclr-one-negative": "--method simclr --augmentation {ours} --negatives 1",
+    "simclr-noise": "--method simclr --augmentation noise --noise 0.2",
+    "vicreg": "--method vicreg --augmentation {ours}",
+    "byol": "--method byol --augmentation {ours}",
+    "swav": "--method swav --augmentation {ours}",
+    "ressl": "--method ressl",
+    "single": "--method single --augmentation {ours}",
+}
+PEERS_ABLATIONS = {             # at equal seconds too, one seed
+    "single-random-bank": "--method single --augmentation {ours} --bank-start random",
+    "single-moving-average": "--method single --augmentation {ours} --bank-update average",
+    "single-no-distillation": "--method single --augmentation {ours} --distillation 0",
+    "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
+    "simclr-published-views": "--method simclr --crops published",
+    "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
+    "empssl-upsampled-32": "--patch-size 32",
+    "empssl-sizes-8-16": "--patch-size 16 --size-schedule 8:0.5,16:0.5",
+    "empssl-no-last-stage": "--drop-last-stage",
+    "empssl-no-lars": "--optimizer sgd",
+    "empssl-lambda-10": "--lam 10",
+    "empssl-lambda-400": "--lam 400",
+    "empssl-batch-50": "--batch 50",
+    "empssl-batch-200": "--batch 200",
+    "empssl-2-patches": "--patches 2",
+    "empssl-5-patches": "--patches 5",
+    "empssl-10-patches": "--patches 10",
+    "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
+    "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
+    "empssl-centre-crop-at-evaluation": "--eval-patches 1",
+}
+
+
+def peers(seeds: int, start) -> None:
+    """One epoch of each, then as many as fit into the seconds of EMP-SSL's one, by the records of both."""
+    bench = ("--dataset cifar10 --preset paper" if GPU else
+             "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000 --eval-patches 9")
+    ours = "paper" if GPU else "light"
+    seconds = lambda name: json.loads((report.RESULTS / "peers" / f"{name}.json").read_text())["metrics"]["train_seconds"]
+    for seed in range(seeds):
+        for name, flags in (METHODS | (PEERS_ABLATIONS if seed == 0 else {})).items():
+            recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
+            start(Run(f"{name}-1-epoch-seed{seed}", f"{recipe} --epochs 1"))
+            epochs = round(seconds(f"empssl-1-epoch-seed{seed}") / seconds(f"{name}-1-epoch-seed{seed}"))
+            if epochs > 1:
+                start(Run(f"{name}-equal-seconds-seed{seed}", f"{recipe} --epochs {epochs}"))
+
+
+# ---- what a run takes ----
+
+def patches_per_second(config: empssl.Config) -> float:
+    """Of training, on this machine, from three steps after a first one."""
+    b = 5 if config.device == "cpu" else config.batch
+    small = dataclasses.replace(config, batch=b)
+    images = torch.zeros(3 * b, 3, 32, 32, dtype=torch.uint8, device=config.device).random_()
+    encoder = empssl.new_encoder(small, images)
+    augmentation, _ = empssl.augmentations(small, 32, 32)
+    empssl.train(encoder, images[:b], small, augmentation)
+    started = time.perf_counter()
+    empssl.train(encoder, images, small, augmentation)
+    return 3 * b * config.patches / (time.perf_counter() - started)
+
+
+def estimate(runs: list[Run], subset: int | None) -> float:
+    """Seconds of training of these runs."""
+    known, total = {}, 0.0
+    for run in runs:
+        if run.after:
+            continue
+        config = io.parse_flags(baselines.Config, ["--method", "empssl", *run.flags.split()], "")
+        config = io.settings(config, {k: v | baselines.PUBLISHED["empssl"] for k, v in empssl.PRESETS.items()})
+        config.patch_size = config.patch_size or 32
+        key = (config.backbone, config.patch_size, config.precision)
+        known[key] = known.get(key) or patches_per_second(dataclasses.replace(config, patches=20))
+        images = subset or {"imagenet100": 126_689, "tinyimagenet": 100_000}.get(config.dataset, 50_000)
+        total += images * config.patches * config.epochs / known[key]
+    return total
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("cifar10", "cifar100", "tinyimagenet", "imagenet100", "transfer", "ablation", "peers"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--subset", type=int, help="of the training images: a rehearsal, its records go to results/rehearsal/")
+    parser.add_argument("--anyway", action="store_true", help="on a CPU too, whatever it takes")
+    parser.add_argument("--data-dir", default="data", help="of tinyimagenet and imagenet100")
+    parser.add_argument("--from", dest="source", help="transfer: a folder of images to train on")
+    parser.add_argument("--to", dest="target", help="transfer: a labelled folder to probe on")
+    flags = parser.parse_args(argv)
+    if bool(flags.source) != bool(flags.target):
+        raise io.UsageError("--from and --to go together; give both folders.")
+    results = "rehearsal" if flags.subset else flags.command
+
+    def start(run: Run) -> None:
+        if (report.RESULTS / results / f"{run.name}.json").exists():
+            print(f"{run.name} has its record")
+            return
+        folder = io.RUNS / f"{results}-{run.name}"
+        arguments = run.flags.split() + (["--subset", str(flags.subset)] if flags.subset else [])
+        if run.after:
+            arguments += ["--checkpoint", str(io.RUNS / f"{results}-{run.after}" / "encoder.pt")]
+        program = ["baselines.py"] if "--method" in arguments else ["empssl.py"]
+        half_way = (folder / "config.json").exists()
+        command = program + (["--resume", str(folder)] if half_way else [*arguments, "--name", folder.name])
+        print("python", *command, flush=True)
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
+        if done.returncode:
+            sys.exit(done.returncode)
+        report.keep_record(folder, results, run.name)
+
+    if flags.command == "peers":
+        peers(flags.seeds, start)
+        report.main(["--peers"])
+        return
+    runs = {"cifar10": lambda: paper("cifar10"), "cifar100": lambda: paper("cifar100"),
+            "tinyimagenet": lambda: folders("tinyimagenet", flags.data_dir), "imagenet100": lambda: folders("imagenet100", flags.data_dir),
+            "transfer": lambda: transfer(flags), "ablation": ablation}[flags.command]()
+    open_runs = [run._replace(name=f"{run.name}-seed{seed}", flags=f"{run.flags} --seed {seed}", after=run.after and f"{run.after}-seed{seed}")
+                 for seed in range(flags.seeds) for run in runs]
+    open_runs = [run for run in open_runs if not (report.RESULTS / results / f"{run.name}.json").exists()]
+    seconds = estimate(open_runs, flags.subset)
+    print(f"{flags.command}: {len(open_runs)} runs, about {io.human_time(seconds)} of training on {io.describe_device('cuda' if GPU else 'cpu')}, "
+          f"and probing", *(f"  {run.name}" for run in open_runs), sep="\n")
+    if not GPU and "paper" in "".join(run.flags for run in open_runs) and not (flags.anyway or flags.subset):
+        raise io.UsageError(f"The paper's recipes would take about {seconds / 86400:.0f} days here; use a GPU, give --anyway, or rehearse "
+                            f"with --subset 500 --seeds 1.")
+    for run in open_runs:
+        start(run)
+
+
+if __name__ == "__main__":
+    with io.mistakes_in_one_sentence():
+        main()
