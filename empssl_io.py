@@ -812,7 +812,9 @@ def pick_device(wanted: str) -> str:
     try:
         torch.empty(1, device=device)
     except Exception as error:                                  # torch raises many kinds for a device it lacks
-        raise UsageError(f"--device {device[:40]} cannot be used here ({str(error).splitlines()[0][:200]}); try cpu.") from None
+        mistake = UsageError(f"--device {device[:40]} cannot be used here ({str(error).splitlines()[0][:200]}); try cpu.")
+        mistake.of_one_process = True
+        raise mistake from None
     return device
 
 
@@ -1036,7 +1038,7 @@ def mistakes_in_one_sentence():
         yield
         leave_processes()
     except UsageError as error:
-        stop(f"error: {error}", 2, once=True)
+        stop(f"error: {error}", 2, once=not getattr(error, "of_one_process", False))
     except Stopped as error:
         number, sentence = error.args
         stop(sentence, 128 + number, once=True)
@@ -1066,8 +1068,8 @@ def mistakes_in_one_sentence():
 
 
 def stop(sentence: str, code: int, once: bool = False) -> None:
-    """Say why and exit; `once`: said by process 0 alone, as all the others end for the same reason."""
-    if not once or os.environ.get("RANK", "0") == "0":
+    """Say why and exit; `once`: said by one process of each machine, as its others end for the same reason."""
+    if not once or os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):                      # the terminal may have gone
             print(" ".join(sentence.split()), file=sys.stderr, flush=True)      # one line, whatever was typed
     sys.exit(code)

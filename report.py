@@ -122,13 +122,16 @@ def runs_table() -> str:
 
 
 def memory_table() -> str:
-    rows = ["| preset | batch | patches | patch | on | peak memory |", "|---|---|---|---|---|---|"]
+    rows = ["| preset | batch | patches | patch | on | peak memory | a checkpoint |", "|---|---|---|---|---|---|---|"]
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) + sorted(RESULTS.glob("memory/*.json"))]
     for r in records:
         if "peak_memory" in r["metrics"]:
+            m = r["metrics"]
+            saved = (f"{m['checkpoint_bytes'] / 1e6:.0f} MB in {m['saving_seconds'] / m['checkpoints']:.1f} s" if m.get("checkpoints")
+                     else "not measured")
             rows.append(f"| {r['preset']} | {r['batch']} | {r['patches']} | {r['patch_size']}x{r['patch_size']} | "
-                        f"{r['device']}, {r['precision']} | {memory(r['metrics'])} |")
-    return "\n".join(rows + [f"| {preset} | | | | GPU | not measured |" for preset in empssl.PRESETS
+                        f"{r['device']}, {r['precision']} | {memory(m)} | {saved} |")
+    return "\n".join(rows + [f"| {preset} | | | | GPU | not measured | not measured |" for preset in empssl.PRESETS
                              if not any(r["preset"] == preset and r["device"].startswith("cuda") for r in records)])
 
 
