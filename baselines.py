@@ -24,8 +24,8 @@ from torch import Tensor
 
 import empssl
 import empssl_io as io
-from empssl import Augmentation, cosine, flag, generator
-from empssl_io import UsageError
+from empssl import Augmentation, cosine, generator
+from empssl_io import UsageError, flag
 
 AUGMENTATIONS = ("paper", "light", "simclr", "byol", "vicreg", "ressl", "single", "noise")
 

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import empssl_io as io
 import empssl_ops as ops
-from empssl_io import UsageError, load_dataset
+from empssl_io import UsageError, flag, load_dataset
 
 __all__ = ["load_dataset", "Augmentation", "sample_patches", "extract_patches", "extract_patches_ref", "Encoder",
            "coding_rate", "invariance", "empssl_loss", "LARS", "train", "embed", "linear_probe", "knn_probe", "main"]
@@ -34,18 +34,10 @@ __all__ = ["load_dataset", "Augmentation", "sample_patches", "extract_patches", 
 
 # ---- Configuration: every field is a flag (--patch-size ...); a preset is a set of other defaults -------------------
 
-def flag(default, help: str, **options):
-    return field(default=default, metadata={"help": help, **options})
-
-
 @dataclass
-class Config:
-    dataset: str = flag("cifar10", "data set", choices=io.DATASETS)
-    data_dir: str = flag("data", "where CIFAR is or goes to; the folder itself for image folders")
-    image_size: int = flag(None, "side that a folder's images are brought to (first image's shorter side, at most 224)")
-    subset: int = flag(None, "use this many training images, chosen by the seed")
-    preset: str = flag("auto", "defaults: the paper's recipe, or one for a CPU; auto goes by the device",
-                       choices=("auto", "paper", "laptop"))
+class Config(io.RunConfig):
+    """The method's settings; what a run reads and writes, and where, is in `io.RunConfig`."""
+    preset: str = flag("auto", "other defaults: the paper's, or for a CPU", choices=("auto", "paper", "laptop"))
     epochs: int = flag(1, "passes over the training images; the cosine ends with the last")
     patches: int = flag(None, "n, patches an image")
     patch_size: int = flag(None, "s, side of a patch in pixels after resizing")
@@ -65,27 +57,18 @@ class Config:
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
     probe_epochs: str = flag(None, "probe after these epochs too, as 1,10; the time it takes is not training's")
-    eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid, or the image whole",
-                                  choices=("train", "grid", "whole"))
+    eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid (averaged, or in four "
+                                  "regions), or the image whole", choices=("train", "grid", "regions", "whole"))
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
-    device: str = flag("auto", "cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
     compile: bool = flag(False, "torch.compile the encoder")
-    name: str = flag(None, "run folder below runs/ (data set and time)")
-    force: bool = flag(False, "overwrite the run folder")
-    resume: str = flag(None, "a run folder, runs/<name>: go on where that run was stopped, with its own settings")
-    save_every: float = flag(5.0, "minutes between checkpoints; there is one at each epoch's end besides")
-    eval_only: bool = flag(False, "probe --checkpoint on --dataset, no training")
-    checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
-    ops: bool = flag(False, "say which implementation each op has here, and why, and stop")
-    export_features: str = flag(None, "write the features of --dataset's images to this .npz")
 
 
 PRESETS = {
     "paper": dict(patches=20, augmentation="paper", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=4096,
                   projector=4096, dim=1024, eval_patches=128, eval_augmentation="train"),
-    "laptop": dict(patches=20, patch_size=16, augmentation="light", batch=100, lr=0.1, lam=100.0, backbone="small",
-                   hidden=2048, projector=512, dim=512, eval_patches=16, eval_augmentation="grid"),
+    "laptop": dict(patches=10, patch_size=16, augmentation="light", batch=100, lr=0.2, lam=100.0, backbone="small",
+                   hidden=1024, projector=512, dim=512, eval_patches=16, eval_augmentation="regions"),
 }
 
 
@@ -140,8 +123,8 @@ def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Au
     """Draw what describes n patches of b images: float32 `(n, b, K)` on the CPU, columns as in `COLUMNS`.
 
     Crops are whole pixels, sized as torchvision's RandomResizedCrop sizes them, but one that does not fit is cut to
-    the image where torchvision draws again (the paper's quarter of a square image always fits). Factors that do not
-    act are neutral: 1 for brightness, contrast, saturation; 0 for the rest. A list holds one augmentation for each patch.
+    the image where torchvision draws again. Factors that do not act are neutral: 1 for brightness, contrast, saturation; 0
+    for the rest. A list holds one augmentation for each patch.
     """
     if isinstance(augmentation, list):
         return torch.cat([sample_patches(b, 1, image_size, one, generator) for one in augmentation])
@@ -182,6 +165,17 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     params[..., 0] = (down * (image_size[0] - params[..., 2])).round()
     params[..., 1] = (across * (image_size[1] - params[..., 3])).round()
     return params
+
+
+def regions(n: int) -> Tensor:
+    """Which of the grid's n patches `embed` averages: `(m, n)`, the upper and the lower half, and in each the middle and the
+    sides, so that an image and its mirror image look alike; m is 4, or less where n < 9 leaves one empty. Rows sum to
+    m^-1/2: side by side the means are as long as one of all."""
+    u = torch.linspace(-1, 1, math.isqrt(n))
+    rows, columns = torch.stack([u <= 0, u >= 0]), torch.stack([u.abs() <= 0.5, u.abs() > 0.5])
+    inside = (rows[:, None, :, None] & columns[None, :, None, :]).view(4, n).float()
+    inside = inside[inside.any(1)]
+    return inside / inside.sum(1, keepdim=True) / len(inside) ** 0.5
 
 
 def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32,
@@ -328,23 +322,45 @@ class Encoder(nn.Module):
 
 
 def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
-    """16x16 patches to 384 numbers: three strided convolutions, 16 -> 8 -> 4 -> 2 pixels, and a mean over the rest.
-    Residual stages did worse at equal seconds on two CPU cores (results/laptop/)."""
-    layers, inputs = [], 3
-    for outputs, kernel, padding in ((96, 3, 1), (192, 3, 1), (384, 2, 0))[:2 if drop_last_stage else 3]:
-        layers += [nn.Conv2d(inputs, outputs, kernel, 2, padding, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
+    """16x16 patches to 640 numbers: 16 -> 8 -> 4 -> 2 pixels, and a mean over the rest. All but the first convolution are
+    depthwise, or products of matrices: dense ones did worse at equal seconds on two CPU cores (results/laptop/)."""
+    act = lambda width: [nn.BatchNorm2d(width), nn.ReLU()]
+    depthwise = lambda width, stride: [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width)]
+    residual = lambda width: Residual(*depthwise(width, 1), Patchwise(width, width, 1), *act(width))
+    layers = [nn.Conv2d(3, 128, 3, 2, 1, bias=False), *act(128),
+              *depthwise(128, 2), Patchwise(128, 288, 1), *act(288), residual(288), residual(288)]
+    if not drop_last_stage:
+        layers += [Patchwise(288, 640, 2), *act(640)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 288 if drop_last_stage else 640
+
+
+class Patchwise(nn.Linear):
+    """A convolution that moves by its kernel's side k, as one product of matrices, whose gradient a CPU has sooner."""
+
+    def __init__(self, inputs: int, outputs: int, k: int):
+        super().__init__(k * k * inputs, outputs, bias=False)
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        P, C, H, W = x.shape
+        if self.k > 1:
+            x = F.pixel_unshuffle(x[:, :, :H // self.k * self.k, :W // self.k * self.k], self.k)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)           # (P, outputs, H / k, W / k)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 @torch.no_grad()
-def whiten(first: nn.Conv2d, images: Tensor) -> None:
+def whiten(first: nn.Conv2d, images: Tensor, generator: torch.Generator | None = None) -> None:
     """Start a convolution as whitening: the principal components of the images' neighbourhoods, scaled to unit variance,
     with both signs, then random mixtures of them. No labels are used. Worth a point on a holdout (results/laptop/)."""
     x = F.unfold(images.to(first.weight) / 127.5 - 1, first.kernel_size, stride=first.kernel_size)      # (N, 27, places)
     variance, components = torch.linalg.eigh(x.transpose(0, 1).flatten(1).cov())                        # (27,), (27, 27)
     filters = (components / (variance + 1e-3).sqrt()).T                                                 # a row a filter
-    mixtures = torch.randn(len(first.weight) - 2 * len(filters), len(filters), device=x.device) @ filters
+    mixtures = torch.randn(len(first.weight) - 2 * len(filters), len(filters), generator=generator) @ filters
     first.weight.copy_(torch.cat([filters, -filters, mixtures / len(filters) ** 0.5]).view_as(first.weight))
 
 
@@ -451,12 +467,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def new_optimizer(config: Config, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    how = dict(lr=config.lr, weight_decay=config.weight_decay)
-    if config.optimizer == "lars":
-        return LARS(parameters, eta=config.eta, **how)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **how)
-    return torch.optim.AdamW(parameters, **how)
+    kind, how = {"lars": (LARS, dict(eta=config.eta)), "sgd": (torch.optim.SGD, dict(momentum=0.9, nesterov=True)),
+                 "adamw": (torch.optim.AdamW, {})}[config.optimizer]
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **how)
 
 
 def cosine(lr: float, t: int, T: int) -> float:
@@ -470,14 +483,12 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
           after_epoch=lambda epoch: {}, folder: io.RunFolder | None = None, objective: nn.Module | None = None) -> dict:
     """Train `encoder` in place on `images (N, 3, H, W)` uint8, on the encoder's device, for `config.epochs` passes.
 
-    An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the
-    latter with what `after_epoch(epoch)` returned. Checkpoints go to `folder`, and training goes on from the one that
-    it holds. Under torchrun each of W processes cuts and encodes b/W of a batch's images, and the loss is of all b.
-    `objective(z, x, index)` stands in for EMP-SSL's loss, of embeddings, their patches and their images' numbers; its
-    parameters are trained and all its state is saved (baselines.py).
-    Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where
-    b > N, `FloatingPointError`, before anything is saved, where loss or weights are not finite, and `io.Stopped`, with
-    all saved, after a signal.
+    An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the latter with
+    what `after_epoch(epoch)` returned. Checkpoints go to `folder`, and training goes on from the one that it holds. Under
+    torchrun each of W processes cuts and encodes b/W of a batch's images, and the loss is of all b. `objective(z, x, index)`
+    stands in for EMP-SSL's loss; its parameters are trained and all its state is saved (baselines.py).
+    Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where b > N,
+    `FloatingPointError`, before anything is saved, where loss or weights are not finite, `io.Stopped` after a signal.
     """
     n, b, N = config.patches, config.batch, len(images)
     steps, device = N // b, next(encoder.parameters()).device
@@ -487,12 +498,11 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
     ours = slice(io.rank() * b // io.processes(), (io.rank() + 1) * b // io.processes())       # of a batch's images
     parameters = [*encoder.parameters(), *(objective.parameters() if objective else ())]
     optimizer = new_optimizer(config, parameters)
+    parts = {"encoder": encoder, "optimizer": optimizer} | ({"objective": objective} if objective else {})
     first, seconds, record = 0, 0.0, {}
     if folder and (saved := folder.load()):
-        encoder.load_state_dict(saved["encoder"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if objective:
-            objective.load_state_dict(saved["objective"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         first, seconds, record = saved["step"], saved["seconds"], saved["record"]
     forward = io.distribute(encoder)
     forward = torch.compile(forward) if config.compile else forward
@@ -523,17 +533,14 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
             signal, due = folder.asked() if folder else (0, False)
             saving = due or signal or epoch_ends
             if (t + 1) % 10 == 0 or t + 1 == first + 10 or saving:
-                if bad_step >= 0 or saving and not torch.stack([p.isfinite().all() for p in parameters]).all():
-                    raise FloatingPointError(f"Loss or weights were not finite at step {int(bad_step) + 1 or t + 1} of {T}; what was "
-                                             "saved before is kept. Try a smaller --lr or --precision float32.")
+                io.check_finite(bad_step, parameters if saving else [], t, T)
                 now = seconds + time.perf_counter() - clock
             if (t + 1) % 10 == 0 or epoch_ends:
                 u = F.normalize(z.detach(), dim=-1)
                 record = {"step": t + 1, "epoch": (t + 1) / steps, "R": coding_rate(u, config.eps2).item(),
                           "D": invariance(u).item(), "loss": loss.item(), "lr": cosine(config.lr, t, T),
                           "patches_per_second": (t + 1) * n * b / now}
-                bar.set_postfix_str(f"R {record['R']:.1f}  D {record['D']:.3f}  lr {record['lr']:.3f}  "
-                                    f"{record['patches_per_second']:.0f} patches/s")
+                io.show(bar, record)
                 log(record)
             if t + 1 == first + 10:
                 bar.write(f"about {io.human_time((now - seconds_before) / 10 * (T - t - 1))} of training to go")
@@ -544,8 +551,7 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
                 clock = time.perf_counter()
             if folder and saving:
                 folder.save({"step": t + 1, "seconds": seconds + time.perf_counter() - clock, "record": record,
-                             "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict(),
-                             "objective": objective.state_dict() if objective else {}})
+                             **{name: part.state_dict() for name, part in parts.items()}})
             if signal:
                 raise io.Stopped(signal, f"stopped after step {t + 1} of {T}, and saved; to go on: {io.PROGRAM} "
                                          f"--resume {folder.path}")
@@ -564,16 +570,17 @@ def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.dev
 
 @torch.no_grad()
 def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Augmentation | None = None, seed: int = 0,
-          precision: str = "float32") -> Tensor:
+          precision: str = "float32", pool: Tensor | None = None) -> Tensor:
     """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
 
-    The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by
-    default crops alone on an even grid. The result is on the encoder's device.
+    The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by default crops
+    alone on an even grid. `pool (m, patches)`: m means side by side, `(N, m * hidden)`; see `regions`. On the encoder's device.
     """
     encoder.eval()
     device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
     b = max(1, min(len(images), 2 ** 19 // (patches * s * s)))      # images at once: half a million pixels of patches
-    features = torch.zeros(len(images), encoder.architecture["hidden"], device=device)
+    pool = (torch.full((1, patches), 1 / patches) if pool is None else pool).to(device)
+    features = torch.zeros(len(images), len(pool) * encoder.architecture["hidden"], device=device)
     starts = range(0, len(images), b)[io.rank()::io.processes()]    # under torchrun each process embeds its share
     for start in io.progress(starts, desc="embedding", unit="batch", leave=False):
         index = torch.arange(start, min(start + b, len(images)))
@@ -582,7 +589,8 @@ def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Aug
         x = cut(images, index, params, s, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = encoder.representation(x)
-        features[start:start + b] = h.float().view(patches, len(index), -1).mean(0)
+        means = pool @ h.float().view(patches, -1)                                          # (m, b * hidden)
+        features[start:start + b] = means.view(len(pool), len(index), -1).transpose(0, 1).flatten(1)
     return io.sum_over_processes(features)
 
 
@@ -591,10 +599,9 @@ def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Te
                  epochs: int = 100, batch: int = 100, lr: float = 0.03, seed: int = 0) -> tuple[float, float]:
     """Top-1 and top-5 test accuracy, in [0, 1], of a linear layer trained on frozen features `(N, hidden)`.
 
-    The official protocol: SGD, momentum 0.9, weight decay 5e-5, cosine to 0; the gradient is written out because fifty
-    thousand steps this small are mostly autograd's overhead. Unlike the official code, the accuracy is the last
-    epoch's rather than the best one seen on the test data, and no training feature is dropped. Under torchrun each
-    process has some columns of features and weights, and the logits are summed.
+    The official protocol: SGD, momentum 0.9, weight decay 5e-5, cosine to 0; the gradient is written out because steps this
+    small are mostly autograd's overhead. Unlike the official code, the accuracy is the last epoch's rather than the best one
+    seen on the test data, and no training feature is dropped. Under torchrun each process has some columns.
     """
     device, hidden = train_features.device, train_features.shape[1]
     ours = slice(io.rank() * hidden // io.processes(), (io.rank() + 1) * hidden // io.processes())
@@ -637,50 +644,42 @@ def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tenso
 
 
 def probe(h: list[Tensor], data: io.Dataset, config: Config, augmentation: Augmentation | None) -> dict:
-    """Probes of the features h of both splits. Beside them stand those of raw pixels (at most 32x32) and of the
-    untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
-    untrained_encoder = new_encoder(config, data.train_images)
-
-    def baselines():
-        side = min(32, data.train_images.shape[-1])
-        pixels = [torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, side).flatten(1) for part in images.split(1000)])
-                  for images in (data.train_images, data.test_images)]
-        untrained = features(settled(untrained_encoder, data.train_images, config, augmentation), data, config, augmentation)
-        return {f"{name}_top1": linear_probe(x[0], data.train_labels, x[1], data.test_labels)[0]
-                for name, x in (("raw_pixels", pixels), ("untrained", untrained))}
+    """Probes of the features h of both splits. Beside them stand those of raw pixels and of the untrained encoder, so that a
+    reader sees what was learned; these two are remembered by data set and recipe."""
     everything = h[0], data.train_labels, h[1], data.test_labels
     linear_top1, linear_top5 = linear_probe(*everything)
-    weights = [*untrained_encoder.backbone.parameters(), *untrained_encoder.represent.parameters()]
-    recipe = (data.key, sum(p.double().abs().sum().item() for p in weights), config.patch_size,
-              config.eval_patches, str(augmentation), config.seed, config.precision)
+    untrained = new_encoder(config, data.train_images)
+
+    def baselines():
+        others = {"raw_pixels": [io.pixels(data.train_images), io.pixels(data.test_images)],
+                  "untrained": features(settled(untrained, data.train_images, config, augmentation), data, config, augmentation)}
+        return {f"{name}_top1": linear_probe(x[0], data.train_labels, x[1], data.test_labels)[0] for name, x in others.items()}
     return ({"linear_top1": linear_top1, "linear_top5": linear_top5, "knn_top1": knn_probe(*everything)}
-            | io.remembered(f"baselines {recipe}", baselines))
+            | io.remembered(io.baselines_key(data, config, untrained, augmentation), baselines))
 
 
 def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
-    return [None if x is None else embed(encoder, x, config.eval_patches, augmentation, config.seed, config.precision)
+    pool = regions(config.eval_patches) if config.eval_augmentation == "regions" else None
+    return [None if x is None else embed(encoder, x, config.eval_patches, augmentation, config.seed, config.precision, pool)
             for x in (data.train_images, data.test_images)]
 
 
 @torch.no_grad()
 def settled(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation) -> Encoder:
     """Give an untrained encoder's BatchNorms this data's statistics: without, its features make a weaker baseline."""
-    encoder.train()
     for t in range(50):
         index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
-        params = sample_patches(64, 4, images.shape[2:], augmentation or Augmentation.none(),
-                                generator(config.seed, "settle patches", t))
-        encoder(cut(images, index, params, config.patch_size, torch.device(config.device)))
+        params = sample_patches(64, 4, images.shape[2:], augmentation or Augmentation.none(), generator(config.seed, "settled", t))
+        encoder.train()(cut(images, index, params, config.patch_size, torch.device(config.device)))
     return encoder
 
 
 def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> dict:
     """kNN accuracy inside the training set, up to 1,000 fixed images against 5,000 others: a cheap sign of progress."""
-    order = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))
-    queries = min(1000, len(order) // 6)
+    queries = min(1000, len(data.train_images) // 6)
     if data.train_labels is None or queries == 0:
         return {}
-    rows = order[:6 * queries]
+    rows = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))[:6 * queries]
     images, y = data.train_images[rows.to(data.train_images.device)], data.train_labels[rows]
     h = embed(encoder, images, min(4, config.eval_patches), augmentation, config.seed, config.precision)
     return {"holdout_knn_top1": knn_probe(h[queries:], y[queries:], h[:queries], y[:queries])}
@@ -690,12 +689,10 @@ def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation
 
 def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
     torch.manual_seed(config.seed)
-    encoder = kind(config.backbone, config.patch_size, config.hidden, config.projector, config.dim,
-                   config.drop_last_stage)
+    encoder = kind(config.backbone, config.patch_size, config.hidden, config.projector, config.dim, config.drop_last_stage)
     if config.backbone == "small":
-        torch.manual_seed(config.seed)                              # whatever widths were drawn above
         some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:2 ** 21 // images[0, 0].numel()]
-        whiten(encoder.backbone[0], images[some.to(images.device)].cpu())
+        whiten(encoder.backbone[0], images[some.to(images.device)].cpu(), generator(config.seed, "mixtures", 0))
     return encoder.to(config.device, memory_format=torch.channels_last)
 
 
@@ -712,12 +709,11 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
     if config.ops:
         print(*ops.describe(torch.device(config.device), config.patch_size or 32, min(config.batch, config.dim)), sep="\n")
         return {}
+    io.keep_freed_memory()
     io.join_processes(config.device)
-    data = io.first_process_first(lambda: load_dataset(config.dataset, config.data_dir, config.image_size, config.subset,
-                                                       config.seed))
+    data = io.first_process_first(lambda: load_dataset(config.dataset, config.data_dir, config.image_size, config.subset, config.seed))
     N, _, H, W = data.train_images.shape
-    if config.patch_size is None:
-        # The paper resizes a patch to its image's size; Tiny ImageNet's patches (our recipe) stay native.
+    if config.patch_size is None:                                   # the image's, as in the paper, but Tiny ImageNet's own
         config.patch_size = min(32 if config.dataset == "tinyimagenet" else 224, H, W)
     io.check_sizes(config, N, H, W)
     _, at_eval = augmentations(config, H, W)
@@ -733,7 +729,6 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
 
     folder = io.run_folder(config, data)
     if record := folder.finished():
-        print(f"{folder.path} is finished: there is nothing to go on with.")
         return record
     record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
     if not config.checkpoint:
@@ -749,13 +744,8 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
             record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch, folder, objective)
     started = time.perf_counter()
     h = features(encoder, data, config, at_eval)
-    if config.export_features:
-        io.export(h, data, config.export_features)
-    if data.test_labels is None:
-        print("These images have no labels: encoder and features are saved, and there is nothing to probe.")
-        io.save_features(folder.path / "features.npz", train_features=h[0].half(), files=data.files)
-    else:
-        io.save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
+    io.save_results(folder, h, data, config.export_features)
+    if data.test_labels is not None:
         record |= probe(h, data, config, at_eval)
     return folder.finish(record, time.perf_counter() - started)
 

@@ -7,6 +7,7 @@ are none. Everything a user can get wrong raises `UsageError`, one sentence that
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor
@@ -423,7 +425,10 @@ class RunFolder:
     def finished(self) -> dict | None:
         """The last record of a run that has come to its end."""
         last = self.records()[-1:]
-        return last[0] if self.resume and last and "probe_seconds" in last[0] else None
+        if not (self.resume and last and "probe_seconds" in last[0]):
+            return None
+        print(f"{self.path} is finished: there is nothing to go on with.")
+        return last[0]
 
     def load(self) -> dict | None:
         """The newest whole checkpoint of a run that is resumed, or None; metrics that were logged after it are dropped."""
@@ -662,6 +667,17 @@ def export(h: list[Tensor | None], data: Dataset, path: str) -> None:
     print(f"features of {len(h[0]):,} training images written to {path}")
 
 
+def save_results(folder: RunFolder, h: list[Tensor | None], data: Dataset, path: str | None) -> None:
+    """The features h of a finished run: of the test images or, without labels, of all; and all of them to `path`."""
+    if path:
+        export(h, data, path)
+    if data.test_labels is None:
+        print("These images have no labels: encoder and features are saved, and there is nothing to probe.")
+        save_features(folder.path / "features.npz", train_features=h[0].half(), files=data.files)
+    else:
+        save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
+
+
 def remembered(key: str, compute) -> dict:
     """`compute()`, a dict of numbers, remembered on disk under `key`."""
     path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -678,6 +694,19 @@ def remembered(key: str, compute) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(path, lambda out: out.write(json.dumps(value).encode()))
     return value
+
+
+def pixels(images: Tensor) -> Tensor:
+    """`(N, 3, H, W)` uint8 -> `(N, 3 * side * side)` in [-1, 1], side at most 32."""
+    side = min(32, images.shape[-1])
+    return torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, side).flatten(1) for part in images.split(1000)])
+
+
+def baselines_key(data: Dataset, config, untrained: torch.nn.Module, augmentation) -> str:
+    weights = [*untrained.backbone.parameters(), *untrained.represent.parameters()]
+    recipe = (data.key, sum(p.double().abs().sum().item() for p in weights), config.patch_size, config.eval_patches,
+              config.eval_augmentation, str(augmentation), config.seed, config.precision)
+    return f"baselines {recipe}"
 
 
 def default_name(dataset: str) -> str:
@@ -803,7 +832,34 @@ def progress(*args, **kwargs) -> tqdm:
     return tqdm(*args, file=_Screen(), dynamic_ncols=True, disable=rank() > 0, **kwargs)
 
 
+def show(bar: tqdm, record: dict) -> None:
+    bar.set_postfix_str(f"R {record['R']:.1f}  D {record['D']:.3f}  lr {record['lr']:.3f}  "
+                        f"{record['patches_per_second']:.0f} patches/s")
+
+
 # ---- the machine and the command line ----
+
+def flag(default, help: str, **options):
+    return dataclasses.field(default=default, metadata={"help": help, **options})
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What a run reads and writes, and where it runs; `empssl.Config` adds the method's settings."""
+    dataset: str = flag("cifar10", "data set", choices=DATASETS)
+    data_dir: str = flag("data", "where CIFAR is or goes to; the folder itself for image folders")
+    image_size: int = flag(None, "side that a folder's images are brought to (first image's shorter side, at most 224)")
+    subset: int = flag(None, "use this many training images, chosen by the seed")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps")
+    name: str = flag(None, "run folder below runs/ (data set and time)")
+    force: bool = flag(False, "overwrite the run folder")
+    resume: str = flag(None, "a run folder, runs/<name>: go on where that run was stopped, with its own settings")
+    save_every: float = flag(5.0, "minutes between checkpoints; there is one at each epoch's end besides")
+    eval_only: bool = flag(False, "probe --checkpoint on --dataset, no training")
+    checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
+    ops: bool = flag(False, "say which implementation each op has here, and why, and stop")
+    export_features: str = flag(None, "write the features of --dataset's images to this .npz")
+
 
 def pick_device(wanted: str) -> str:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
@@ -945,7 +1001,7 @@ def settings(config, presets: dict):
     for name, least in dict(patches=1, batch=1, epochs=1, patch_size=1, hidden=1, projector=1, dim=1, eval_patches=1).items():
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
-    if config.eval_augmentation == "grid" and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
+    if config.eval_augmentation in ("grid", "regions") and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
         raise UsageError(f"--eval-patches {config.eval_patches} makes no even grid; give a square such as 1, 4, 9 or 16.")
     if config.eval_augmentation == "whole" and config.eval_patches != 1:
         raise UsageError(f"--eval-augmentation whole shows an image once; give --eval-patches 1 and not {config.eval_patches}.")
@@ -969,6 +1025,13 @@ def settings(config, presets: dict):
             raise UsageError(f"--export-features {config.export_features!r} is no file in a folder that exists; "
                              f"name one, such as features.npz.")
     return config
+
+
+def check_finite(bad_step: Tensor, parameters: list[Tensor], t: int, T: int) -> None:
+    """`bad_step` is the first step whose loss was not finite, -1 where there is none."""
+    if bad_step >= 0 or not all(p.isfinite().all() for p in parameters):
+        raise FloatingPointError(f"Loss or weights were not finite at step {int(bad_step) + 1 or t + 1} of {T}; what was saved "
+                                 "before is kept. Try a smaller --lr or --precision float32.")
 
 
 def size_schedule(config) -> list[tuple[int, float]]:
@@ -999,6 +1062,15 @@ def announce(config, N: int, H: int, W: int) -> None:
     steps, sides = N // config.batch * config.epochs, dict.fromkeys(side for side, _ in size_schedule(config))
     print(f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, {steps:,} steps, "
           f"{steps * config.batch * config.patches:,} patches of {', then '.join(f'{side}x{side}' for side in sides)} to come")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step, where by default it gives large blocks back to the system and
+    has them zeroed and mapped anew. The numbers are its M_MMAP_MAX and M_TRIM_THRESHOLD."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2 ** 31 - 1)
 
 
 def check_sizes(config, N: int, H: int, W: int) -> None:

@@ -81,7 +81,7 @@ def ablation() -> list[Run]:
 # ---- peers: on a CPU preset laptop, 15,000 images, so that one epoch of EMP-SSL takes three minutes on two cores ----
 
 METHODS = {                     # each on EMP-SSL's patches, but for ReSSL's two kinds and the noise
-    "empssl": "",
+    "empssl": "--patches 20",
     "simclr": "--method simclr --augmentation {ours}",
     "simclr-one-negative": "--method simclr --augmentation {ours} --negatives 1",
     "simclr-noise": "--method simclr --augmentation noise --noise 0.2",
@@ -91,27 +91,27 @@ METHODS = {                     # each on EMP-SSL's patches, but for ReSSL's two
     "ressl": "--method ressl",
     "single": "--method single --augmentation {ours}",
 }
-PEERS_ABLATIONS = {             # at equal seconds too, one seed
+PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20 patches but where it says otherwise
     "single-random-bank": "--method single --augmentation {ours} --bank-start random",
     "single-moving-average": "--method single --augmentation {ours} --bank-update average",
     "single-no-distillation": "--method single --augmentation {ours} --distillation 0",
     "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
     "simclr-published-views": "--method simclr --crops published",
     "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
-    "empssl-upsampled-32": "--patch-size 32",
-    "empssl-sizes-8-16": "--patch-size 16 --size-schedule 8:0.5,16:0.5",
-    "empssl-no-last-stage": "--drop-last-stage",
-    "empssl-no-lars": "--optimizer sgd",
-    "empssl-lambda-10": "--lam 10",
-    "empssl-lambda-400": "--lam 400",
-    "empssl-batch-50": "--batch 50",
-    "empssl-batch-200": "--batch 200",
+    "empssl-upsampled-32": "--patches 20 --patch-size 32",
+    "empssl-sizes-8-16": "--patches 20 --patch-size 16 --size-schedule 8:0.5,16:0.5",
+    "empssl-no-last-stage": "--patches 20 --drop-last-stage",
+    "empssl-no-lars": "--patches 20 --optimizer sgd",
+    "empssl-lambda-10": "--patches 20 --lam 10",
+    "empssl-lambda-400": "--patches 20 --lam 400",
+    "empssl-batch-50": "--patches 20 --batch 50",
+    "empssl-batch-200": "--patches 20 --batch 200",
     "empssl-2-patches": "--patches 2",
     "empssl-5-patches": "--patches 5",
     "empssl-10-patches": "--patches 10",
     "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
     "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
-    "empssl-centre-crop-at-evaluation": "--eval-patches 1",
+    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-patches 1",
 }
 
 

@@ -23,7 +23,7 @@ import empssl_io as io      # noqa: E402
 RESULTS = ROOT / "results" / "laptop"
 
 
-def convolution(inputs, outputs, kernel, stride, padding):
+def dense(inputs, outputs, kernel, stride, padding):
     return [nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
@@ -31,16 +31,16 @@ def plain(*widths):
     """3x3, 3x3 and 2x2 convolutions of stride 2: 16 -> 8 -> 4 -> 2 pixels."""
     layers, inputs = [], 3
     for outputs, (kernel, padding) in zip(widths, ((3, 1), (3, 1), (2, 0))):
-        layers += convolution(inputs, outputs, kernel, 2, padding)
+        layers += dense(inputs, outputs, kernel, 2, padding)
         inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
+    return layers
 
 
-class Residual(nn.Module):
+class Block(nn.Module):
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.main = nn.Sequential(*convolution(inputs, outputs, 3, 2, 1), *convolution(outputs, outputs, 3, 1, 1)[:2])
-        self.side = nn.Sequential(*convolution(inputs, outputs, 1, 2, 0)[:2])
+        self.main = nn.Sequential(*dense(inputs, outputs, 3, 2, 1), *dense(outputs, outputs, 3, 1, 1)[:2])
+        self.side = nn.Sequential(*dense(inputs, outputs, 1, 2, 0)[:2])
 
     def forward(self, x):
         return torch.relu(self.main(x) + self.side(x))
@@ -48,23 +48,32 @@ class Residual(nn.Module):
 
 def residual(stem, *widths):
     """A stem at full resolution, then residual stages of stride 2."""
-    layers, inputs = convolution(3, stem, 3, 1, 1), stem
-    for outputs in widths:
-        layers.append(Residual(inputs, outputs))
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
+    return dense(3, stem, 3, 1, 1) + [Block(inputs, outputs) for inputs, outputs in zip((stem, *widths), widths)]
 
 
-PLAIN, RESIDUAL, WHOLE, THIRD = (96, 192, 384), "24, then residual 48 96 192", 45_000, 15_000
+def separable(first, second, third, blocks=2):
+    """As `empssl.small_backbone`, of other widths."""
+    layers = [*dense(3, first, 3, 2, 1), nn.Conv2d(first, first, 3, 2, 1, groups=first, bias=False), nn.BatchNorm2d(first),
+              empssl.Patchwise(first, second, 1), nn.BatchNorm2d(second), nn.ReLU()]
+    for _ in range(blocks):
+        layers.append(empssl.Residual(nn.Conv2d(second, second, 3, 1, 1, groups=second, bias=False), nn.BatchNorm2d(second),
+                                      empssl.Patchwise(second, second, 1), nn.BatchNorm2d(second), nn.ReLU()))
+    return layers + [empssl.Patchwise(second, third, 2), nn.BatchNorm2d(third), nn.ReLU()]
+
+
+BACKBONES = {"plain": (plain, (96, 192, 384)), "residual": (residual, (24, 48, 96, 192)), "separable": (separable, (96, 192, 384)),
+             "separable-wide": (separable, (128, 288, 640))}
+WHOLE, THIRD = 45_000, 15_000
 BEFORE = dict(patches=18, hidden=1024, projector=1024)          # the preset that the search began from
 WIDER = dict(patches=18, hidden=2048, projector=512)
+SHORT = dict(patches=10, hidden=2048, projector=512)
 
 
 class Try(NamedTuple):
     predicted: str              # holdout linear accuracy, or points over another try
     settings: dict              # over the laptop preset's
     images: int = WHOLE
-    backbone: tuple | str = PLAIN
+    backbone: str = "plain"
     whitened: bool = False
     augmentation: dict = {}     # over the light one
 
@@ -78,7 +87,18 @@ TRIES = {
     "third-whitened": Try("+1 over third: a first layer that need not be learned", WIDER, THIRD, whitened=True),
     "third-colour": Try("+0.5 over third: the paper's saturation and hue", WIDER, THIRD, augmentation=dict(saturation=0.4, hue=0.2)),
     "third-scales": Try("+0.5 over third: crops of 0.15 to 0.4 of the image", WIDER, THIRD, augmentation=dict(area=(0.15, 0.4))),
-    "residual": Try("-1 over hidden-2048: depth, at 0.6 of its patches", WIDER | dict(patches=11), backbone=RESIDUAL),
+    "residual": Try("-1 over hidden-2048: depth, at 0.6 of its patches", WIDER | dict(patches=11), backbone="residual"),
+    "separable": Try("no figure: deeper, at 1.6 times the patches a second of hidden-2048",
+                     dict(patches=16, epochs=2, hidden=2048, projector=512), backbone="separable", whitened=True),
+    "separable-wide": Try("+1 over separable, with regions: what a short run saturates is the width",
+                          dict(patches=12, epochs=2, hidden=1024, projector=512, lr=0.2), backbone="separable-wide", whitened=True),
+    "short": Try("separable on a third of its patches, for the five below", SHORT, backbone="separable", whitened=True),
+    "short-adamw": Try("no figure", SHORT | dict(optimizer="adamw", lr=1e-3, weight_decay=1e-2), backbone="separable",
+                       whitened=True),
+    "short-lr-0.3": Try("no figure", SHORT | dict(lr=0.3), backbone="separable", whitened=True),
+    "short-hidden-1024": Try("no figure: less to probe, and to compute", SHORT | dict(hidden=1024, projector=1024),
+                             backbone="separable", whitened=True),
+    "short-batch-50": Try("no figure: twice the steps", SHORT | dict(batch=50, lam=60.0), backbone="separable", whitened=True),
 }
 
 
@@ -96,20 +116,23 @@ def run(name: str, data: io.Dataset, seed: int = 0) -> dict:
     images, labels = images[:chosen.images], labels[:chosen.images]
     torch.manual_seed(seed)
     encoder = empssl.Encoder("small", config.patch_size, config.hidden, config.projector, config.dim)
-    encoder.backbone, width = residual(24, 48, 96, 192) if chosen.backbone == RESIDUAL else plain(*chosen.backbone)
-    encoder.represent[0] = nn.Linear(width, config.hidden)
+    build, widths = BACKBONES[chosen.backbone]
+    encoder.backbone = nn.Sequential(*build(*widths), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder.represent[0] = nn.Linear(widths[-1], config.hidden)
     if chosen.whitened:
         empssl.whiten(encoder.backbone[0], images[:2000])
     encoder = encoder.to(memory_format=torch.channels_last)
     augmentation = dataclasses.replace(empssl.augmentations(config, 32, 32)[0], **chosen.augmentation)
     log, started = [], time.perf_counter()
     metrics = empssl.train(encoder, images, config, augmentation, log.append)
-    h, held = (empssl.embed(encoder, x, config.eval_patches) for x in (images, held_out))
-    metrics |= {"holdout_linear_top1": empssl.linear_probe(h, labels, held, their_labels)[0],
-                "holdout_knn_top1": empssl.knn_probe(h, labels, held, their_labels),
+    for layout, pool in (("linear", None), ("regions", empssl.regions(config.eval_patches))):
+        h, held = (empssl.embed(encoder, x, config.eval_patches, pool=pool) for x in (images, held_out))
+        metrics[f"holdout_{layout}_top1"] = empssl.linear_probe(h, labels, held, their_labels)[0]
+    metrics |= {"holdout_knn_top1": empssl.knn_probe(h, labels, held, their_labels),
                 "parameters": sum(p.numel() for p in encoder.parameters()),
                 "probe_seconds": time.perf_counter() - started - metrics["train_seconds"]}
-    print(f"{name}: predicted {chosen.predicted}; holdout linear {metrics['holdout_linear_top1']:.4f}")
+    print(f"{name}: predicted {chosen.predicted}; holdout linear {metrics['holdout_linear_top1']:.4f}, "
+          f"in regions {metrics['holdout_regions_top1']:.4f}")
     return {"try": name, **chosen._asdict(), "settings": settings, "seed": seed, **io.provenance("cpu"), "metrics": metrics,
             "log": log[4::5]}
 

@@ -267,7 +267,7 @@ def test_a_memory_mapped_data_set_is_not_read_into_memory(tmp_path):
         out.truncate(N * 3 * side * side)
     images = torch.from_file(str(tmp_path / "train.u8"), size=N * 3 * side * side, dtype=torch.uint8).view(N, 3, side, side)
     encoder = Encoder("small", 16, hidden=16, projector=16, dim=8)
-    config = Config(patches=2, batch=1000, patch_size=16, lr=0.1, lam=2.0, precision="float32")
+    config = Config(patches=2, batch=200, patch_size=16, lr=0.1, lam=2.0, precision="float32")
     before = anonymous_memory()
     peaks = []
     empssl.train(encoder, images, config, Augmentation.none(), log=lambda record: peaks.append(anonymous_memory()))

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from empssl import (Augmentation, Encoder, K, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
-                    sample_patches, whiten)
+from empssl import (Augmentation, Encoder, K, Patchwise, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
+                    regions, sample_patches, whiten)
 
 
 def blobs(N, classes=10, d=20, spread=0.3, seed=0):
@@ -105,6 +105,37 @@ def test_embed_without_augmentation_averages_the_grid(encoder):
     torch.testing.assert_close(embed(encoder, images, patches=4), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n,expected", [
+    (16, [[5, 6, 1, 2], [0, 3, 4, 7], [9, 10, 13, 14], [8, 11, 12, 15]]),
+    (9, [[1, 4], [0, 2, 3, 5], [4, 7], [3, 5, 6, 8]]),              # the middle row belongs to both halves
+    (4, [[0, 1], [2, 3]]), (1, [[0]])])
+def test_regions_of_the_grid(n, expected):
+    pool = regions(n)
+    assert [set(row.nonzero().flatten().tolist()) for row in pool] == [set(row) for row in expected]
+    torch.testing.assert_close(pool.sum(1), torch.full((len(expected),), len(expected) ** -0.5))
+    assert all(len(row[row > 0].unique()) == 1 for row in pool)
+
+
+def test_embed_lays_the_regions_side_by_side(encoder):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    x = extract_patches(images, torch.arange(3), grid_patches(3, 9, (32, 32)), 16)
+    encoder.eval()
+    with torch.no_grad():
+        h = encoder.representation(x).view(9, 3, -1)
+    expected = torch.cat([h[rows].mean(0) / 2 for rows in ([1, 4], [0, 2, 3, 5], [4, 7], [3, 5, 6, 8])], 1)
+    torch.testing.assert_close(embed(encoder, images, patches=9, pool=regions(9)), expected)
+
+
+@pytest.mark.parametrize("side,k", [(4, 1), (4, 2), (5, 2), (7, 3)])
+def test_a_patchwise_convolution_is_a_convolution(side, k):
+    ours, theirs = Patchwise(6, 10, k), torch.nn.Conv2d(6, 10, k, stride=k, bias=False)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight.flatten(1))
+    x = torch.randn(3, 6, side, side).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_embed_keeps_the_order_of_many_images(encoder):
     images = torch.randint(0, 256, (1100, 1, 1, 1), dtype=torch.uint8).expand(-1, 3, 16, 16)       # more than a batch
     h = embed(encoder, images, patches=4)
@@ -127,7 +158,7 @@ def test_whitening_starts_the_first_convolution_at_unit_variance_without_correla
 
 
 def test_encoder_shapes_and_unit_rows():
-    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 384)):
+    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 640)):
         encoder = Encoder(backbone, s, hidden=24, projector=24, dim=6)
         x = torch.randn(4, 3, s, s)
         assert encoder.backbone(x).shape == (4, width) and encoder.representation(x).shape == (4, 24)
