@@ -4,7 +4,8 @@
 
 SimCLR (Chen et al., 2002.05709; one negative, noise alone and small batches as in Bordes et al., 2303.01986), VICReg
 (Bardes et al., 2105.04906), BYOL (Grill et al., 2006.07733), SwAV (Caron et al., 2006.09882), ReSSL (Zheng et al.,
-2107.09282), and instance discrimination on a single branch (Cao & Wu, 2404.19289). `--method empssl` is EMP-SSL itself.
+2107.09282), and instance discrimination on a single branch (Cao & Wu, 2404.19289). `--method empssl` is EMP-SSL itself, and
+`--method supervised` the yardstick that sees the labels.
 S3L (Cao & Wu, 2103.13559) is a setting of each: --patch-size, --size-schedule, --drop-last-stage and --subset, then
 --warm-last-stage (without labels here; the authors' code warms it up with them).
 
@@ -33,7 +34,7 @@ AUGMENTATIONS = ("paper", "light", "simclr", "byol", "vicreg", "ressl", "single"
 @dataclass
 class Config(empssl.Config):
     """EMP-SSL's settings, and those of the methods here; what is None comes from `PUBLISHED`."""
-    method: str = flag("simclr", "what is trained", choices=("empssl", "simclr", "vicreg", "byol", "swav", "ressl", "single"))
+    method: str = flag("simclr", "what is trained", choices=("empssl", "simclr", "vicreg", "byol", "swav", "ressl", "single", "supervised"))
     augmentation: str = flag(None, "of the views", choices=AUGMENTATIONS)
     crops: str = flag("patches", "an image's quarter, as EMP-SSL's patches are, or 0.08 to 1 of it as published",
                       choices=("patches", "published"))
@@ -71,6 +72,7 @@ PUBLISHED = {
                   temperature=0.1),
     "single": dict(patches=1, batch=512, augmentation="single", dim=2048, optimizer="sgd", eta=0.0, lr=1.0, weight_decay=1e-4,
                    temperature=0.2),
+    "supervised": dict(optimizer="sgd", eta=0.0, lr=0.1, weight_decay=5e-4),       # not published: a common recipe
 }
 
 
@@ -364,6 +366,19 @@ def untrained_features(encoder: nn.Module, images: Tensor, config: Config, augme
     return torch.cat(parts)
 
 
+# ---- The yardstick --------------------------------------------------------------------------------------------------
+
+class Supervised(Objective):
+    """Cross-entropy of each patch with its image's label."""
+
+    def __init__(self, labels: Tensor):
+        super().__init__()
+        self.labels = labels                                                    # (N,)
+
+    def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        return F.cross_entropy(z.flatten(0, 1), self.labels[index].repeat(len(z)).to(z.device))
+
+
 # ---- S3L: a last stage on top of an encoder that was trained without one --------------------------------------------
 
 def with_last_stage(encoder: empssl.Encoder, path: str, resumed: bool = False) -> None:
@@ -385,17 +400,21 @@ def with_last_stage(encoder: empssl.Encoder, path: str, resumed: bool = False) -
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-def method(config: Config, images: Tensor):
+def method(config: Config, data: io.Dataset):
     """The encoder, the objective and the views that `empssl.run` trains."""
-    H, W = images.shape[2:]
+    images, (H, W) = data.train_images, data.train_images.shape[2:]
     if config.method == "empssl":
-        encoder, objective, augmentation = empssl.method(config, images)
+        encoder, objective, augmentation = empssl.method(config, data)
         if config.warm_last_stage:
             with_last_stage(encoder, config.warm_last_stage, bool(config.resume))
         return encoder, objective, augmentation
     if io.processes() > 1:
         raise UsageError("The methods of baselines.py run in one process; leave torchrun out, or use --method empssl.")
-    wanted = PUBLISHED[config.method]["patches"]
+    if config.method == "supervised":
+        if data.train_labels is None:
+            raise UsageError("--method supervised needs labelled images; give a folder with train/<class>/ in it.")
+        config.dim = int(data.train_labels.max()) + 1
+    wanted = PUBLISHED[config.method].get("patches", config.patches)
     if config.patches != wanted:
         raise UsageError(f"--method {config.method} sees {wanted} views of an image; leave --patches {config.patches} out.")
     augmentation = views(config, H, W)
@@ -403,7 +422,7 @@ def method(config: Config, images: Tensor):
         raise UsageError(f"--augmentation {config.augmentation} draws two views unlike each other, and --method {config.method} "
                          f"sees one; choose another.")
     encoder = empssl.new_encoder(config, images, Views)
-    encoder.views, encoder.encoded = wanted, 1 if config.method == "ressl" else wanted
+    encoder.views, encoder.encoded = (1, 1) if config.method == "supervised" else (wanted, 1 if config.method == "ressl" else wanted)
     if config.warm_last_stage:
         with_last_stage(encoder, config.warm_last_stage, bool(config.resume))
     steps = len(images) // config.batch * config.epochs
@@ -418,6 +437,7 @@ def method(config: Config, images: Tensor):
             untrained_features(encoder, images, config, augmentation) if config.bank_start == "features" and not config.resume else None,
             len(images), config.dim, config.temperature, config.others, config.distillation, config.bank_momentum,
             config.bank_update, lambda: encoder.mixed, config.seed),
+        "supervised": lambda: Supervised(data.train_labels),
     }[config.method]()
     encoder.noise = config.noise if config.method == "simclr" else 0.0
     encoder.cutmix = config.cutmix if config.method == "single" else 0.0

@@ -696,11 +696,11 @@ def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -
     return encoder.to(config.device, memory_format=torch.channels_last)
 
 
-def method(config: Config, images: Tensor) -> tuple[Encoder, nn.Module | None, Augmentation]:
+def method(config: Config, data: io.Dataset) -> tuple[Encoder, nn.Module | None, Augmentation]:
     """What `run` trains: an encoder, an objective (None: EMP-SSL's own) and how patches are drawn. See baselines.py."""
     if config.patches < 2:
         raise UsageError("--patches is 1; the invariance compares an image's patches, so give at least 2.")
-    return new_encoder(config, images), None, augmentations(config, *images.shape[2:])[0]
+    return new_encoder(config, data.train_images), None, augmentations(config, *data.train_images.shape[2:])[0]
 
 
 def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
@@ -722,7 +722,7 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
         encoder = new_encoder(config, data.train_images)
         io.load_weights(encoder, config.checkpoint)
     else:
-        encoder, objective, augmentation = method(config, data.train_images)
+        encoder, objective, augmentation = method(config, data)
     if config.export_features and not config.eval_only and config.checkpoint:
         io.export(features(encoder, data, config, at_eval), data, config.export_features)
         return {}

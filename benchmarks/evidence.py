@@ -121,13 +121,13 @@ def peers(seeds: int, start) -> None:
              "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000 --eval-patches 9")
     ours = "paper" if GPU else "light"
     seconds = lambda name: json.loads((report.RESULTS / "peers" / f"{name}.json").read_text())["metrics"]["train_seconds"]
-    for seed in range(seeds):
-        for name, flags in (METHODS | (PEERS_ABLATIONS if seed == 0 else {})).items():
-            recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
-            start(Run(f"{name}-1-epoch-seed{seed}", f"{recipe} --epochs 1"))
-            epochs = round(seconds(f"empssl-1-epoch-seed{seed}") / seconds(f"{name}-1-epoch-seed{seed}"))
-            if epochs > 1:
-                start(Run(f"{name}-equal-seconds-seed{seed}", f"{recipe} --epochs {epochs}"))
+    for name, flags, seed in ([(name, flags, seed) for seed in range(seeds) for name, flags in METHODS.items()]
+                              + [(name, flags, 0) for name, flags in PEERS_ABLATIONS.items()]):
+        recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
+        start(Run(f"{name}-1-epoch-seed{seed}", f"{recipe} --epochs 1"))
+        epochs = round(seconds(f"empssl-1-epoch-seed{seed}") / seconds(f"{name}-1-epoch-seed{seed}"))
+        if epochs > 1:
+            start(Run(f"{name}-equal-seconds-seed{seed}", f"{recipe} --epochs {epochs}"))
 
 
 # ---- what a run takes ----

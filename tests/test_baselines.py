@@ -2,6 +2,7 @@
 
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,7 +327,7 @@ def test_each_view_has_its_own_batch_statistics_and_ressls_weak_one_is_left_out(
     images = io.load_dataset("shapes", subset=64).train_images
     x = torch.randn(64, 3, 16, 16)
     for method, views in (("simclr", 2), ("ressl", 1), ("byol", 2)):
-        encoder, objective, _ = baselines.method(config(method), images)
+        encoder, objective, _ = baselines.method(config(method), SimpleNamespace(train_images=images))
         z = encoder.train()(x)
         alone = [encoder.project(encoder.representation(view)) for view in x.chunk(2)]
         assert torch.allclose(z[:32], alone[0], atol=1e-5) and torch.allclose(z[32:], alone[1] if views == 2 else torch.zeros(1), atol=1e-5)
@@ -356,7 +357,7 @@ def test_views_as_published():
 def test_published_settings():
     """Literals, so that none changes unseen."""
     said = {name: (c["lr"], c["weight_decay"], c["batch"], c["dim"], c.get("temperature"), c["optimizer"])
-            for name, c in baselines.PUBLISHED.items() if name != "empssl"}
+            for name, c in baselines.PUBLISHED.items() if name not in ("empssl", "supervised")}
     assert said == {"simclr": (0.4, 1e-4, 256, 256, 0.2, "lars"), "vicreg": (0.3, 1e-4, 256, 2048, None, "lars"),
                     "byol": (1.0, 1e-5, 256, 256, None, "lars"), "swav": (0.6, 1e-6, 256, 128, 0.1, "lars"),
                     "ressl": (0.05, 1e-4, 256, 256, 0.1, "sgd"), "single": (1.0, 1e-4, 512, 2048, 0.2, "sgd")}
@@ -371,7 +372,7 @@ def test_half_precision_embeddings_are_compared_in_float32():
 
 
 def test_noise_is_there_in_training_alone():
-    encoder, objective, _ = baselines.method(config("simclr", noise=0.5), io.load_dataset("shapes", subset=64).train_images)
+    encoder, objective, _ = baselines.method(config("simclr", noise=0.5), io.load_dataset("shapes", subset=64))
     seen = []
     encoder.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.zeros(64, 3, 16, 16)
@@ -389,7 +390,7 @@ METHODS = [dict(method=name) for name in ("simclr", "vicreg", "byol", "swav", "r
 def test_ten_steps_lower_the_objective(settings):
     images = io.load_dataset("shapes", subset=64).train_images
     c = config(**settings)
-    encoder, objective, augmentation = baselines.method(c, images)
+    encoder, objective, augmentation = baselines.method(c, SimpleNamespace(train_images=images))
     index = torch.arange(32)
     params = empssl.sample_patches(32, c.patches, (32, 32), augmentation, torch.Generator().manual_seed(0))
     x = empssl.extract_patches(images, index, params, 16)
@@ -452,6 +453,19 @@ def test_a_last_stage_is_added_and_what_is_below_it_stays(in_tmp, short_runs, ca
     with pytest.raises(SystemExit) as stop:
         baselines.main([*run, "--warm-last-stage", "runs/warm/encoder.pt", "--name", "again"])
     assert stop.value.code == 2 and "is no encoder of --drop-last-stage" in capsys.readouterr().err
+
+
+def test_the_yardstick_sees_the_labels(in_tmp):
+    z = torch.tensor([[[2.0, 0, 0], [0, 1, 0]], [[0.0, 0, 0], [0, 0, 3]]])                  # two patches of two images
+    exp = math.exp
+    expected = -(2 - math.log(exp(2) + 2) + 1 - math.log(exp(1) + 2) - math.log(3) + 0 - math.log(exp(3) + 2)) / 4
+    assert baselines.Supervised(torch.tensor([2, 0, 1]))(z, None, torch.tensor([1, 2])).item() == pytest.approx(expected)
+    record = baselines.main(["--method", "supervised", "--dataset", "shapes", "--subset", "1000", "--preset", "laptop", "--device", "cpu",
+                             "--epochs", "2", "--patches", "4", "--eval-patches", "4", "--name", "demo"])
+    assert record["linear_top1"] > record["untrained_top1"] + 0.1
+    assert torch.load("runs/demo/encoder.pt", weights_only=True)["architecture"]["dim"] == 10
+    with pytest.raises(io.UsageError, match="labelled images"):
+        baselines.method(config("supervised"), SimpleNamespace(train_images=torch.zeros(8, 3, 32, 32), train_labels=None))
 
 
 @pytest.mark.parametrize("arguments", [["--augmentation", "paper", "--negatives", "1"], ["--augmentation", "noise", "--noise", "0.2"]], ids=["one-negative", "noise"])
