@@ -370,7 +370,7 @@ def test_solarize_inverts_from_128_up(device):
 @on_each_device
 def test_a_training_with_kernels_and_one_with_references_agree(device, monkeypatch):
     """Twenty steps, same seed, the paper's augmentation. Rounding alone tells the two apart, and training makes more of
-    it: seen were 1e-6 in the first four steps and 4e-3 in the rest; allowed are 1e-5 and 1e-2."""
+    it, the sooner the deeper the network, so this one is shallow; allowed are 1e-4 in the first ten and 1e-2 in the rest."""
     images = random_images(200, 32, 32, device=device)
     config = empssl.Config(patches=8, batch=10, patch_size=16, lr=0.1, lam=20.0, precision="float32")
     losses, loss = [], empssl.empssl_loss
@@ -381,10 +381,14 @@ def test_a_training_with_kernels_and_one_with_references_agree(device, monkeypat
             monkeypatch.setattr(empssl_ops, "_missing", "left out", raising=False)
         torch.manual_seed(0)
         losses.append([])
-        empssl.train(empssl.Encoder("small", 16, hidden=64, projector=64, dim=32).to(device), images, config, Augmentation())
+        encoder, layers = empssl.Encoder("small", 16, hidden=64, projector=64, dim=32), []
+        for inputs, outputs, kernel in ((3, 96, 3), (96, 192, 3), (192, 640, 2)):
+            layers += [torch.nn.Conv2d(inputs, outputs, kernel, 2, kernel // 3), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
+        encoder.backbone = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        empssl.train(encoder.to(device), images, config, Augmentation())
     ours, theirs = ([x.item() for x in run] for run in losses)
     assert len(ours) == 20 and ours != theirs and ours == pytest.approx(theirs, rel=1e-2)
-    assert ours[:4] == pytest.approx(theirs[:4], rel=1e-5)
+    assert ours[:10] == pytest.approx(theirs[:10], rel=1e-4)
 
 
 def test_threads_do_not_change_the_result():
