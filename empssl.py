@@ -57,8 +57,8 @@ class Config(io.RunConfig):
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
     probe_epochs: str = flag(None, "probe after these epochs too, as 1,10; the time it takes is not training's")
-    eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid (averaged, or in four "
-                                  "regions), or the image whole", choices=("train", "grid", "regions", "whole"))
+    eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid, or the whole image and "
+                                  "what the encoder sees in its parts", choices=("train", "grid", "maps"))
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
     precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
     compile: bool = flag(False, "torch.compile the encoder")
@@ -67,8 +67,8 @@ class Config(io.RunConfig):
 PRESETS = {
     "paper": dict(patches=20, augmentation="paper", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=4096,
                   projector=4096, dim=1024, eval_patches=128, eval_augmentation="train"),
-    "laptop": dict(patches=10, patch_size=16, augmentation="light", batch=100, lr=0.2, lam=100.0, backbone="small",
-                   hidden=1024, projector=512, dim=512, eval_patches=16, eval_augmentation="regions"),
+    "laptop": dict(patches=8, patch_size=16, augmentation="light", batch=100, lr=0.3, lam=100.0, backbone="small",
+                   hidden=1024, projector=512, dim=512, eval_patches=1, eval_augmentation="maps"),
 }
 
 
@@ -109,7 +109,7 @@ def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augment
     """For training and for evaluation. "light" suits small encoders: less colour, no blur, no solarizing."""
     light = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0) if config.augmentation == "light" else {}
     train = Augmentation(ratio=(1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3), **light)
-    return train, {"train": train, "whole": Augmentation.none(area=(1.0, 1.0))}.get(config.eval_augmentation)
+    return train, {"train": train, "maps": Augmentation.none(area=(1.0, 1.0))}.get(config.eval_augmentation)
 
 
 COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
@@ -165,17 +165,6 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     params[..., 0] = (down * (image_size[0] - params[..., 2])).round()
     params[..., 1] = (across * (image_size[1] - params[..., 3])).round()
     return params
-
-
-def regions(n: int) -> Tensor:
-    """Which of the grid's n patches `embed` averages: `(m, n)`, the upper and the lower half, and in each the middle and the
-    sides, so that an image and its mirror image look alike; m is 4, or less where n < 9 leaves one empty. Rows sum to
-    m^-1/2: side by side the means are as long as one of all."""
-    u = torch.linspace(-1, 1, math.isqrt(n))
-    rows, columns = torch.stack([u <= 0, u >= 0]), torch.stack([u.abs() <= 0.5, u.abs() > 0.5])
-    inside = (rows[:, None, :, None] & columns[None, :, None, :]).view(4, n).float()
-    inside = inside[inside.any(1)]
-    return inside / inside.sum(1, keepdim=True) / len(inside) ** 0.5
 
 
 def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32,
@@ -320,32 +309,43 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.project(self.representation(x)), dim=-1)            # (P, d), unit rows
 
+    def maps(self, x: Tensor) -> Tensor:
+        """What a linear probe can use of whole images `(b, 3, 2s, 2s)`, four patches each: `(b, 8 * width + hidden)`.
+
+        The last stage's map in `regions`, and the representation's mean over the 3 x 3 patches that begin on every half of a patch.
+        """
+        *stages, _, _ = self.backbone.children()                    # the two are the mean over places and its shape
+        for stage in stages:
+            x = stage(x)                                            # at last (b, width, k, k)
+        k = max(1, x.shape[-1] // 2)                                # a patch's side here
+        patches = F.avg_pool2d(x, k, max(1, k // 2)).permute(2, 3, 0, 1)                    # (3, 3, b, width)
+        h = self.represent(patches.flatten(0, 2)).view(-1, len(x), self.architecture["hidden"])
+        return torch.cat([regions(x), h.mean(0)], 1)
+
+
+def regions(x: Tensor) -> Tensor:
+    """`(b, c, k, k) -> (b, 8c)`: means of four rows, and in each of the sides and of the middle, so that an image and its mirror
+    image look alike; times 8^-1/2, which makes the eight together as long as one."""
+    x = F.adaptive_avg_pool2d(x, 4).unbind(3)                       # 4 times (b, c, 4)
+    return torch.cat([x[0] + x[3], x[1] + x[2]], 1).flatten(1) / (2 * 8 ** 0.5)
+
 
 def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
-    """16x16 patches to 640 numbers: 16 -> 8 -> 4 -> 2 pixels, and a mean over the rest. All but the first convolution are
+    """16x16 patches to 384 numbers: 128 channels of 8x8, 384 of 4x4 pixels, and their mean. All but the first convolution are
     depthwise, or products of matrices: dense ones did worse at equal seconds on two CPU cores (results/laptop/)."""
     act = lambda width: [nn.BatchNorm2d(width), nn.ReLU()]
     depthwise = lambda width, stride: [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width)]
-    residual = lambda width: Residual(*depthwise(width, 1), Patchwise(width, width, 1), *act(width))
-    layers = [nn.Conv2d(3, 128, 3, 2, 1, bias=False), *act(128),
-              *depthwise(128, 2), Patchwise(128, 288, 1), *act(288), residual(288), residual(288)]
-    if not drop_last_stage:
-        layers += [Patchwise(288, 640, 2), *act(640)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 288 if drop_last_stage else 640
+    residual = lambda width: Residual(*depthwise(width, 1), Pointwise(width, width, bias=False), *act(width))
+    last = [*depthwise(128, 2), Pointwise(128, 384, bias=False), *act(384), residual(384), residual(384)]
+    layers = [nn.Conv2d(3, 128, 3, 2, 1, bias=False), *act(128), residual(128), *([] if drop_last_stage else last)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 128 if drop_last_stage else 384
 
 
-class Patchwise(nn.Linear):
-    """A convolution that moves by its kernel's side k, as one product of matrices, whose gradient a CPU has sooner."""
-
-    def __init__(self, inputs: int, outputs: int, k: int):
-        super().__init__(k * k * inputs, outputs, bias=False)
-        self.k = k
+class Pointwise(nn.Linear):
+    """A 1x1 convolution as one product of matrices, whose gradient a CPU has sooner."""
 
     def forward(self, x: Tensor) -> Tensor:
-        P, C, H, W = x.shape
-        if self.k > 1:
-            x = F.pixel_unshuffle(x[:, :, :H // self.k * self.k, :W // self.k * self.k], self.k)
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)           # (P, outputs, H / k, W / k)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Residual(nn.Sequential):
@@ -570,17 +570,17 @@ def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.dev
 
 @torch.no_grad()
 def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Augmentation | None = None, seed: int = 0,
-          precision: str = "float32", pool: Tensor | None = None) -> Tensor:
+          precision: str = "float32", maps: bool = False) -> Tensor:
     """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
 
     The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by default crops
-    alone on an even grid. `pool (m, patches)`: m means side by side, `(N, m * hidden)`; see `regions`. On the encoder's device.
+    alone on an even grid. `maps`: patches are of twice the side, and seen by `Encoder.maps`. On the encoder's device.
     """
     encoder.eval()
     device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
+    look, s = (encoder.maps, 2 * s) if maps else (encoder.representation, s)
     b = max(1, min(len(images), 2 ** 19 // (patches * s * s)))      # images at once: half a million pixels of patches
-    pool = (torch.full((1, patches), 1 / patches) if pool is None else pool).to(device)
-    features = torch.zeros(len(images), len(pool) * encoder.architecture["hidden"], device=device)
+    features = torch.zeros(len(images), look(torch.zeros(1, 3, s, s, device=device)).shape[1], device=device)
     starts = range(0, len(images), b)[io.rank()::io.processes()]    # under torchrun each process embeds its share
     for start in io.progress(starts, desc="embedding", unit="batch", leave=False):
         index = torch.arange(start, min(start + b, len(images)))
@@ -588,9 +588,8 @@ def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Aug
                   if augmentation else grid_patches(len(index), patches, images.shape[2:]))
         x = cut(images, index, params, s, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            h = encoder.representation(x)
-        means = pool @ h.float().view(patches, -1)                                          # (m, b * hidden)
-        features[start:start + b] = means.view(len(pool), len(index), -1).transpose(0, 1).flatten(1)
+            h = look(x)
+        features[start:start + b] = h.float().view(patches, len(index), -1).mean(0)
     return io.sum_over_processes(features)
 
 
@@ -644,23 +643,22 @@ def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tenso
 
 
 def probe(h: list[Tensor], data: io.Dataset, config: Config, augmentation: Augmentation | None) -> dict:
-    """Probes of the features h of both splits. Beside them stand those of raw pixels and of the untrained encoder, so that a
-    reader sees what was learned; these two are remembered by data set and recipe."""
-    everything = h[0], data.train_labels, h[1], data.test_labels
-    linear_top1, linear_top5 = linear_probe(*everything)
+    """Probes of the features h of both splits; kNN of their last columns, the representation. Beside them stand those of raw pixels
+    and of the untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
+    linear = lambda train, test: linear_probe(train, data.train_labels, test, data.test_labels)
+    top1, top5 = linear(*h)
+    knn = knn_probe(h[0][:, -config.hidden:], data.train_labels, h[1][:, -config.hidden:], data.test_labels)
     untrained = new_encoder(config, data.train_images)
-
-    def baselines():
-        others = {"raw_pixels": [io.pixels(data.train_images), io.pixels(data.test_images)],
-                  "untrained": features(settled(untrained, data.train_images, config, augmentation), data, config, augmentation)}
-        return {f"{name}_top1": linear_probe(x[0], data.train_labels, x[1], data.test_labels)[0] for name, x in others.items()}
-    return ({"linear_top1": linear_top1, "linear_top5": linear_top5, "knn_top1": knn_probe(*everything)}
-            | io.remembered(io.baselines_key(data, config, untrained, augmentation), baselines))
+    pixels = lambda: linear(io.pixels(data.train_images), io.pixels(data.test_images))[0]
+    start = lambda: linear(*features(settled(untrained, data.train_images, config, augmentation), data, config, augmentation))[0]
+    return {"linear_top1": top1, "linear_top5": top5, "knn_top1": knn,
+            "raw_pixels_top1": io.remembered(f"raw pixels of {data.key}", pixels),
+            "untrained_top1": io.remembered(io.baselines_key(data, config, untrained, augmentation), start)}
 
 
 def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
-    pool = regions(config.eval_patches) if config.eval_augmentation == "regions" else None
-    return [None if x is None else embed(encoder, x, config.eval_patches, augmentation, config.seed, config.precision, pool)
+    maps = config.eval_augmentation == "maps"
+    return [None if x is None else embed(encoder, x, config.eval_patches, augmentation, config.seed, config.precision, maps)
             for x in (data.train_images, data.test_images)]
 
 

@@ -678,8 +678,8 @@ def save_results(folder: RunFolder, h: list[Tensor | None], data: Dataset, path:
         save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
 
 
-def remembered(key: str, compute) -> dict:
-    """`compute()`, a dict of numbers, remembered on disk under `key`."""
+def remembered(key: str, compute) -> float:
+    """`compute()`, a number, remembered on disk under `key`."""
     path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         value = json.loads(path.read_text())
@@ -993,18 +993,19 @@ def settings(config, presets: dict):
     if config.size_schedule:
         sides = [side for side, _ in size_schedule(config)]
         config.patch_size = config.patch_size or sides[-1]
-        if not all(5 <= side <= 4096 for side in sides):
-            raise UsageError(f"--size-schedule {config.size_schedule} has a side that is not between 5 and 4096 pixels; change it.")
+        if not all(1 <= side <= 4096 for side in sides):
+            raise UsageError(f"--size-schedule {config.size_schedule} has a side that is not between 1 and 4096 pixels; change it.")
     for name, value in presets[config.preset].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     for name, least in dict(patches=1, batch=1, epochs=1, patch_size=1, hidden=1, projector=1, dim=1, eval_patches=1).items():
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
-    if config.eval_augmentation in ("grid", "regions") and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
+    if config.eval_augmentation == "grid" and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
         raise UsageError(f"--eval-patches {config.eval_patches} makes no even grid; give a square such as 1, 4, 9 or 16.")
-    if config.eval_augmentation == "whole" and config.eval_patches != 1:
-        raise UsageError(f"--eval-augmentation whole shows an image once; give --eval-patches 1 and not {config.eval_patches}.")
+    if config.eval_augmentation == "maps" and config.eval_patches != 1:
+        raise UsageError(f"--eval-augmentation maps shows an image once; with --eval-patches {config.eval_patches} goes "
+                         f"--eval-augmentation grid.")
     if config.probe_epochs and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.probe_epochs):
         raise UsageError(f"--probe-epochs {config.probe_epochs!r} is no list of epochs; give one such as 1,10.")
     if config.name is not None and not re.fullmatch(r"\w[\w.=+-]{0,99}", config.name):
@@ -1079,8 +1080,6 @@ def check_sizes(config, N: int, H: int, W: int) -> None:
     s = max(config.patch_size, *(side for side, _ in size_schedule(config)))
     if s > min(H, W):
         raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
-    if config.backbone == "small" and s < 5:
-        raise UsageError(f"--patch-size {s} leaves the small backbone nothing after its three strides; give 5 or more.")
     if training and b > N:
         raise UsageError(f"--batch {b} is larger than the data set's {N} training images; lower it.")
     if training and b % processes():

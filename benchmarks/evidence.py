@@ -111,14 +111,14 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "empssl-10-patches": "--patches 10",
     "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
     "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
-    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-patches 1",
+    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-patches 1 --eval-augmentation grid",
 }
 
 
 def peers(seeds: int, start) -> None:
     """One epoch of each, then as many as fit into the seconds of EMP-SSL's one, by the records of both."""
     bench = ("--dataset cifar10 --preset paper" if GPU else
-             "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000 --eval-patches 9")
+             "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000")
     ours = "paper" if GPU else "light"
     seconds = lambda name: json.loads((report.RESULTS / "peers" / f"{name}.json").read_text())["metrics"]["train_seconds"]
     for name, flags, seed in ([(name, flags, seed) for seed in range(seeds) for name, flags in METHODS.items()]

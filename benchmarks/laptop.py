@@ -51,22 +51,32 @@ def residual(stem, *widths):
     return dense(3, stem, 3, 1, 1) + [Block(inputs, outputs) for inputs, outputs in zip((stem, *widths), widths)]
 
 
-def separable(first, second, third, blocks=2):
-    """As `empssl.small_backbone`, of other widths."""
-    layers = [*dense(3, first, 3, 2, 1), nn.Conv2d(first, first, 3, 2, 1, groups=first, bias=False), nn.BatchNorm2d(first),
-              empssl.Patchwise(first, second, 1), nn.BatchNorm2d(second), nn.ReLU()]
-    for _ in range(blocks):
-        layers.append(empssl.Residual(nn.Conv2d(second, second, 3, 1, 1, groups=second, bias=False), nn.BatchNorm2d(second),
-                                      empssl.Patchwise(second, second, 1), nn.BatchNorm2d(second), nn.ReLU()))
-    return layers + [empssl.Patchwise(second, third, 2), nn.BatchNorm2d(third), nn.ReLU()]
+def pointwise(inputs, outputs):
+    return [empssl.Pointwise(inputs, outputs, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def depthwise(width, stride):
+    return [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width)]
+
+
+def separable(first, second, third=0, early=0, blocks=2):
+    """As `empssl.small_backbone`: residual blocks at 8x8 pixels (early) and at 4x4; third: a last stage at 2x2."""
+    block = lambda width: empssl.Residual(*depthwise(width, 1), *pointwise(width, width))
+    layers = [*dense(3, first, 3, 2, 1), *(block(first) for _ in range(early)),
+              *depthwise(first, 2), *pointwise(first, second), *(block(second) for _ in range(blocks))]
+    return layers + ([nn.PixelUnshuffle(2), *pointwise(4 * second, third)] if third else [])
 
 
 BACKBONES = {"plain": (plain, (96, 192, 384)), "residual": (residual, (24, 48, 96, 192)), "separable": (separable, (96, 192, 384)),
-             "separable-wide": (separable, (128, 288, 640))}
-WHOLE, THIRD = 45_000, 15_000
+             "separable-wide": (separable, (128, 288, 640)), "two-stages-512": (separable, (128, 512, 0, 0, 1)),
+             "two-stages-384": (separable, (128, 384)), "early-block": (separable, (128, 288, 640, 1, 1)),
+             "early-384-one": (separable, (128, 384, 0, 1, 1)), "early-384": (separable, (128, 384, 0, 1, 2))}
+WHOLE, THIRD = 45_000, 15_000                                    # images
+WHOLE_IMAGE = empssl.Augmentation.none(area=(1.0, 1.0))
 BEFORE = dict(patches=18, hidden=1024, projector=1024)          # the preset that the search began from
 WIDER = dict(patches=18, hidden=2048, projector=512)
 SHORT = dict(patches=10, hidden=2048, projector=512)
+MAPS = dict(patches=10, hidden=1024, projector=512)
 
 
 class Try(NamedTuple):
@@ -98,6 +108,17 @@ TRIES = {
     "short-lr-0.3": Try("no figure", SHORT | dict(lr=0.3), backbone="separable", whitened=True),
     "short-hidden-1024": Try("no figure: less to probe, and to compute", SHORT | dict(hidden=1024, projector=1024),
                              backbone="separable", whitened=True),
+    "short-wide": Try("separable-wide on 450,000 patches, for the six below, probed by its maps", MAPS, backbone="separable-wide", whitened=True),
+    "short-two-stages-512": Try("no figure: its last stage's maps were no better than those of the stage before",
+                                MAPS, backbone="two-stages-512", whitened=True),
+    "short-more-images": Try("no figure: five patches, twice the images and steps", MAPS | dict(patches=5, epochs=2),
+                             backbone="separable-wide", whitened=True),
+    "short-two-stages-384": Try("no figure: the same, narrower and deeper", MAPS, backbone="two-stages-384", whitened=True),
+    "short-early-block": Try("no figure: depth where pixels are fine", MAPS, backbone="early-block", whitened=True),
+    "short-early-384-one": Try("no figure: both of the two before", MAPS, backbone="early-384-one",
+                               whitened=True),
+    "short-early-384-lr-0.3": Try("no figure: another block, and the lr that gained before", MAPS | dict(lr=0.3),
+                                  backbone="early-384", whitened=True),
     "short-batch-50": Try("no figure: twice the steps", SHORT | dict(batch=50, lam=60.0), backbone="separable", whitened=True),
 }
 
@@ -125,14 +146,15 @@ def run(name: str, data: io.Dataset, seed: int = 0) -> dict:
     augmentation = dataclasses.replace(empssl.augmentations(config, 32, 32)[0], **chosen.augmentation)
     log, started = [], time.perf_counter()
     metrics = empssl.train(encoder, images, config, augmentation, log.append)
-    for layout, pool in (("linear", None), ("regions", empssl.regions(config.eval_patches))):
-        h, held = (empssl.embed(encoder, x, config.eval_patches, pool=pool) for x in (images, held_out))
-        metrics[f"holdout_{layout}_top1"] = empssl.linear_probe(h, labels, held, their_labels)[0]
-    metrics |= {"holdout_knn_top1": empssl.knn_probe(h, labels, held, their_labels),
+    h = {}
+    for layout, shown in (("linear", dict(patches=16)), ("maps", dict(patches=1, augmentation=WHOLE_IMAGE, maps=True))):
+        h[layout] = [empssl.embed(encoder, x, **shown) for x in (images, held_out)]
+        metrics[f"holdout_{layout}_top1"] = empssl.linear_probe(h[layout][0], labels, h[layout][1], their_labels)[0]
+    metrics |= {"holdout_knn_top1": empssl.knn_probe(h["linear"][0], labels, h["linear"][1], their_labels),
                 "parameters": sum(p.numel() for p in encoder.parameters()),
                 "probe_seconds": time.perf_counter() - started - metrics["train_seconds"]}
     print(f"{name}: predicted {chosen.predicted}; holdout linear {metrics['holdout_linear_top1']:.4f}, "
-          f"in regions {metrics['holdout_regions_top1']:.4f}")
+          f"of the maps {metrics['holdout_maps_top1']:.4f}")
     return {"try": name, **chosen._asdict(), "settings": settings, "seed": seed, **io.provenance("cpu"), "metrics": metrics,
             "log": log[4::5]}
 

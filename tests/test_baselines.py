@@ -461,7 +461,7 @@ def test_the_yardstick_sees_the_labels(in_tmp):
     expected = -(2 - math.log(exp(2) + 2) + 1 - math.log(exp(1) + 2) - math.log(3) + 0 - math.log(exp(3) + 2)) / 4
     assert baselines.Supervised(torch.tensor([2, 0, 1]))(z, None, torch.tensor([1, 2])).item() == pytest.approx(expected)
     record = baselines.main(["--method", "supervised", "--dataset", "shapes", "--subset", "1000", "--preset", "laptop", "--device", "cpu",
-                             "--epochs", "12", "--patches", "4", "--eval-patches", "4", "--name", "demo"])
+                             "--epochs", "12", "--patches", "4", "--eval-patches", "4", "--eval-augmentation", "grid", "--name", "demo"])
     assert record["linear_top1"] > record["untrained_top1"] + 0.1
     assert torch.load("runs/demo/encoder.pt", weights_only=True)["architecture"]["dim"] == 10
     with pytest.raises(io.UsageError, match="labelled images"):

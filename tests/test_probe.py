@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from empssl import (Augmentation, Encoder, K, Patchwise, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
+from empssl import (Augmentation, Encoder, K, Pointwise, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
                     regions, sample_patches, whiten)
 
 
@@ -105,33 +105,46 @@ def test_embed_without_augmentation_averages_the_grid(encoder):
     torch.testing.assert_close(embed(encoder, images, patches=4), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("n,expected", [
-    (16, [[5, 6, 1, 2], [0, 3, 4, 7], [9, 10, 13, 14], [8, 11, 12, 15]]),
-    (9, [[1, 4], [0, 2, 3, 5], [4, 7], [3, 5, 6, 8]]),              # the middle row belongs to both halves
-    (4, [[0, 1], [2, 3]]), (1, [[0]])])
-def test_regions_of_the_grid(n, expected):
-    pool = regions(n)
-    assert [set(row.nonzero().flatten().tolist()) for row in pool] == [set(row) for row in expected]
-    torch.testing.assert_close(pool.sum(1), torch.full((len(expected),), len(expected) ** -0.5))
-    assert all(len(row[row > 0].unique()) == 1 for row in pool)
+def test_regions_are_rows_and_in_each_the_sides_and_the_middle():
+    x = torch.rand(2, 3, 8, 8)
+    parts = [0, 1, 6, 7], [2, 3, 4, 5]
+    expected = [x[:, c, 2 * row:2 * row + 2][..., part].mean((1, 2)) / 8 ** 0.5 for part in parts for c in range(3) for row in range(4)]
+    torch.testing.assert_close(regions(x), torch.stack(expected, 1))
+    torch.testing.assert_close(regions(x.flip(3)), regions(x))
 
 
-def test_embed_lays_the_regions_side_by_side(encoder):
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    x = extract_patches(images, torch.arange(3), grid_patches(3, 9, (32, 32)), 16)
+@pytest.mark.parametrize("backbone,s", [("small", 16), ("small", 8), ("small", 1), ("resnet18", 8)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_maps_are_the_last_stage_and_the_representation_of_overlapping_patches(backbone, s, dropped):
+    encoder = Encoder(backbone, s, hidden=12, projector=12, dim=8, drop_last_stage=dropped)
+    encoder(torch.randn(16, 3, s, s))
     encoder.eval()
+    x, seen = torch.randn(2, 3, 2 * s, 2 * s), []
+    [*encoder.backbone.children()][-3].register_forward_hook(lambda stage, inputs, output: seen.append(output))
     with torch.no_grad():
-        h = encoder.representation(x).view(9, 3, -1)
-    expected = torch.cat([h[rows].mean(0) / 2 for rows in ([1, 4], [0, 2, 3, 5], [4, 7], [3, 5, 6, 8])], 1)
-    torch.testing.assert_close(embed(encoder, images, patches=9, pool=regions(9)), expected)
+        encoder.backbone(x)                                         # the whole image, and a mean at its end
+        k = max(1, seen[0].shape[-1] // 2)
+        starts = range(0, seen[0].shape[-1] - k + 1, max(1, k // 2))
+        windows = [seen[0][:, :, i:i + k, j:j + k].mean((2, 3)) for i in starts for j in starts]
+        means = torch.stack([encoder.represent(window) for window in windows]).mean(0)
+        torch.testing.assert_close(encoder.maps(x), torch.cat([regions(seen[0]), means], 1), atol=1e-5, rtol=1e-5)
+    assert s < 16 or len(windows) == 9
 
 
-@pytest.mark.parametrize("side,k", [(4, 1), (4, 2), (5, 2), (7, 3)])
-def test_a_patchwise_convolution_is_a_convolution(side, k):
-    ours, theirs = Patchwise(6, 10, k), torch.nn.Conv2d(6, 10, k, stride=k, bias=False)
+def test_embed_shows_the_maps_whole_images_at_twice_the_side(encoder):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    encoder.eval()
+    whole = Augmentation.none(area=(1.0, 1.0))
+    with torch.no_grad():
+        expected = encoder.maps(images / 127.5 - 1)
+    torch.testing.assert_close(embed(encoder, images, 1, whole, maps=True), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pointwise_convolution_is_a_convolution():
+    ours, theirs = Pointwise(6, 10, bias=False), torch.nn.Conv2d(6, 10, 1, bias=False)
     with torch.no_grad():
         ours.weight.copy_(theirs.weight.flatten(1))
-    x = torch.randn(3, 6, side, side).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 6, 5, 4).to(memory_format=torch.channels_last)
     torch.testing.assert_close(ours(x), theirs(x))
     assert ours(x).is_contiguous(memory_format=torch.channels_last)
 
@@ -158,7 +171,7 @@ def test_whitening_starts_the_first_convolution_at_unit_variance_without_correla
 
 
 def test_encoder_shapes_and_unit_rows():
-    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 640)):
+    for backbone, s, width in (("resnet18", 32, 512), ("small", 16, 384)):
         encoder = Encoder(backbone, s, hidden=24, projector=24, dim=6)
         x = torch.randn(4, 3, s, s)
         assert encoder.backbone(x).shape == (4, width) and encoder.representation(x).shape == (4, 24)
