@@ -262,6 +262,39 @@ def profiles() -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted((RESULTS / "profile").glob("*.json"))]
 
 
+def laptop_story() -> str:
+    """results/laptop/README.md: what was tried for the laptop preset, what each try was predicted to give, and what it gave."""
+    found = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "laptop").glob("*.json")}
+    order = [name for name in ("tries", "whole-epochs", "separable", "maps") if name in found]
+    singles = sorted(name for name, r in found.items() if "try" in r)           # of benchmarks/laptop.py, a file a try
+    lines = ["# The search for the laptop preset", "", "Written by `python report.py --readme` from the records beside it, misses too, in the order in which they were made. "
+             "Every accuracy above the last table is a linear probe's (or kNN's) on training images held out. `python benchmarks/laptop.py` "
+             "tries again."]
+    figure = lambda value: f"{value:.4f}" if isinstance(value, float) else str(value)
+    for name in order + (["one by one"] if singles else []):
+        r = found.get(name, {"what": "records of benchmarks/laptop.py, a file a try", "tries": [x | x["metrics"] for x in (found[s] for s in singles)]})
+        lines += ["", f"## {name}", "", r["what"], "", "| try | predicted | gave | R | D | patches seen | training |", "|---|---|---|---|---|---|---|"]
+        for t in r["tries"]:
+            scores = {k.removeprefix("holdout_").removesuffix("_top1"): v for k, v in t.items() if k.startswith("holdout_")}
+            scores |= {k: v for k, v in t.get("holdout", {}).items() if isinstance(v, float)}
+            busy = " (other work beside it)" if t.get("other_work_on_the_machine") else ""
+            seen = t.get("patches_seen")
+            lines.append(f"| {t['try']} | {t.get('predicted', 'no figure')} | {', '.join(f'{k} {figure(v)}' for k, v in scores.items())} | {t['R']:.1f} | "
+                         f"{t['D']:.3f} | {f'{seen:,}' if seen else '-'} | {t['train_seconds']:.0f} s{busy} |")
+        for title in [title for title in ("evaluation_layout", "patches_per_second") if title in r]:
+            groups = {k: v for k, v in r[title].items() if isinstance(v, dict)} or {"": r[title]}
+            lines += ["", f"### {title.replace('_', ' ').capitalize()}", "", r[title].get("what", "")]
+            for group, values in groups.items():
+                lines += ["", f"| {group or 'how'} | |", "|---|---|"] + [f"| {k.strip()} | {figure(v)} |" for k, v in values.items() if k != "what"]
+    lines += ["", "## The preset on the test set", "", "Each was read once.", "", "| record | patches | training | linear | kNN | untrained |", "|---|---|---|---|---|---|"]
+    for path in [*sorted((RESULTS / "laptop").glob("earlier-preset-*.json")), *sorted(RESULTS.glob("cifar10-jpeg-laptop*.json"))]:
+        r = json.loads(path.read_text())
+        m = r["metrics"]
+        lines.append(f"| [{path.stem}]({'' if path.parent != RESULTS else '../'}{path.name}) | {m['patches_seen']:,} | {m['train_seconds']:.0f} s | {m['linear_top1']:.4f} | "
+                     f"{m['knn_top1']:.4f} | {m['untrained_top1']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
 def readme_with_tables(text: str) -> str:
     for name, table in (("runs", runs_table()), ("paper", paper_table()), ("peers", peers_table()), ("memory", memory_table()), ("ops", ops_table()), ("profile", profile_table())):
         start, end = f"<!-- {name}: written by report.py --readme -->", f"<!-- end of {name} -->"
@@ -273,6 +306,7 @@ def readme_with_tables(text: str) -> str:
 def main(argv: list[str]) -> None:
     if argv == ["--readme"]:
         README.write_text(readme_with_tables(README.read_text()))
+        (RESULTS / "laptop" / "README.md").write_text(laptop_story())
     elif argv == ["--peers"]:
         draw_peers()
     elif len(argv) in (2, 3) and argv[0] == "--record":

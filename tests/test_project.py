@@ -58,6 +58,12 @@ def test_the_readmes_tables_are_those_of_the_records():
     assert report.readme_with_tables(README) == README
 
 
+def test_the_laptops_story_is_that_of_the_records():
+    story = (ROOT / "results" / "laptop" / "README.md").read_text()
+    assert story == report.laptop_story(), "run: python report.py --readme"
+    assert all(f"| {t['try']} |" in story for name in ("tries", "maps") for t in json.loads((ROOT / f"results/laptop/{name}.json").read_text())["tries"])
+
+
 def test_the_readmes_presets_are_the_codes():
     for name, paper in empssl.PRESETS["paper"].items():
         row = re.search(rf"^\| `--{name.replace('_', '-')}`[^|]*\| ([^|]*) \| ([^|]*) \|$", README, re.M)
