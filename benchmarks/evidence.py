@@ -84,7 +84,7 @@ METHODS = {                     # each on EMP-SSL's patches, but for ReSSL's two
     "empssl": "--patches 20",
     "simclr": "--method simclr --augmentation {ours}",
     "simclr-one-negative": "--method simclr --augmentation {ours} --negatives 1",
-    "simclr-noise": "--method simclr --augmentation noise --noise 0.2",
+    "simclr-noise": "--method simclr --augmentation noise --noise 0.5",
     "vicreg": "--method vicreg --augmentation {ours}",
     "byol": "--method byol --augmentation {ours}",
     "swav": "--method swav --augmentation {ours}",
