@@ -940,7 +940,8 @@ def parse_flags(config: type, argv: list[str] | None, description: str):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fields = dataclasses.fields(config)
     for f in fields:
-        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
+        switch = argparse.BooleanOptionalAction if f.default is None else "store_true"             # --x and --no-x, or --x alone
+        how = {"action": switch} if f.type is bool else {"type": f.type, "default": f.default}
         parser.add_argument("--" + f.name.replace("_", "-"), **how, **f.metadata)
     unset = object()
     flags = vars(parser.parse_args(argv, argparse.Namespace(**{f.name: unset for f in fields})))
@@ -995,7 +996,8 @@ def settings(config, presets: dict):
         config.patch_size = config.patch_size or sides[-1]
         if not all(1 <= side <= 4096 for side in sides):
             raise UsageError(f"--size-schedule {config.size_schedule} has a side that is not between 1 and 4096 pixels; change it.")
-    for name, value in presets[config.preset].items():
+    switches = {f.name: False for f in dataclasses.fields(config) if f.type is bool}
+    for name, value in (switches | presets[config.preset]).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     for name, least in dict(patches=1, batch=1, epochs=1, patch_size=1, hidden=1, projector=1, dim=1, eval_patches=1).items():

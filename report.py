@@ -5,13 +5,16 @@
                                              curves.png   R, D and holdout accuracy against steps
                                              tsne.png     test features in the plane, coloured by class
     python report.py --record runs/<name> [folder]
-                                             keep the run's figures and where they come from as results/[folder/]<name>.json
+                                             keep the run's figures and where they come from as results/[folder/]<name>.json,
+                                             and its tsne.png beside them
     python report.py --peers                 draw results/peers/accuracy.png, of the methods' runs
     python report.py --readme                write README.md's tables anew from results/
 """
 
+import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -100,6 +103,8 @@ def keep_record(run: Path, folder: str = ".", name: str | None = None) -> None:
     seen = [r for r in records[:-1] if "linear_top1" in r]                      # at --probe-epochs
     record = {"name": name or run.name} | config | ({"resumed": resumed} if resumed else {}) | ({"seen": seen} if seen else {}) | {"metrics": records[-1]}
     path.write_text(json.dumps(record, indent=1) + "\n")
+    if (run / "tsne.png").is_file():                                # where it has been drawn
+        shutil.copyfile(run / "tsne.png", path.with_suffix(".png"))
     print(f"kept as {path}")
 
 
@@ -110,13 +115,14 @@ def memory(metrics: dict) -> str:
 
 
 def runs_table() -> str:
-    rows = ["| data | preset | epochs | patches seen | training | probing | peak memory | linear | kNN | untrained | raw pixels | hardware | seed | record |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| data | preset | epochs | patches seen | training | probing | peak memory | linear | of the representation | kNN | untrained | raw pixels | hardware | seed | record |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
         m, data = r["metrics"], r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
+        own = f"{m['representation_top1']:.3f}" if "representation_top1" in m else "not measured"
         rows.append(f"| {data} | {r['preset']} | {r['epochs']} | {m['patches_seen']:,} | "
-                    f"{m['train_seconds']:.0f} s | {m['probe_seconds']:.0f} s | {memory(m)} | {m['linear_top1']:.3f} | {m['knn_top1']:.3f} | {m['untrained_top1']:.3f} | "
+                    f"{m['train_seconds']:.0f} s | {m['probe_seconds']:.0f} s | {memory(m)} | {m['linear_top1']:.3f} | {own} | {m['knn_top1']:.3f} | {m['untrained_top1']:.3f} | "
                     f"{m['raw_pixels_top1']:.3f} | {r['hardware']} | {r['seed']} | [{path.stem}](results/{path.name}) |")
     return "\n".join(rows)
 
@@ -177,36 +183,39 @@ def spread(records: list[dict], key: str) -> str:
 
 
 def peers_table() -> str:
-    rows = ["| what | seeds | one epoch: linear | kNN | patches seen | seconds | equal seconds: epochs | linear | kNN | seconds | paper, 1 / 10 epochs |",
-            "|---|---|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| what | seeds | one epoch: linear | of the representation | kNN | patches seen | seconds | equal seconds: epochs | linear | "
+            "of the representation | kNN | seconds | paper, 1 / 10 epochs |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     found = peers_records()
     methods = [name for name in found if "-" not in name or name.startswith("simclr-noise") or name.startswith("simclr-one")]
     for name in sorted(found, key=lambda name: (name not in methods, name.split("-")[0] != "empssl", name)):
         one, equal = found[name]["1-epoch"], found[name].get("equal-seconds", found[name]["1-epoch"])
         mean = lambda records, key: sum(r["metrics"][key] for r in records) / len(records)
+        accuracies = lambda records: " | ".join(spread(records, key) for key in ("linear_top1", "representation_top1", "knn_top1"))
         paper = " / ".join(f"{x:.3f}" for x in PAPER[name]) if name in PAPER else ""
-        rows.append(f"| {name} | {len(one)} | {spread(one, 'linear_top1')} | {spread(one, 'knn_top1')} | {mean(one, 'patches_seen'):,.0f} | "
-                    f"{mean(one, 'train_seconds'):.0f} | {equal[0]['epochs']} | {spread(equal, 'linear_top1')} | "
-                    f"{spread(equal, 'knn_top1')} | {mean(equal, 'train_seconds'):.0f} | {paper} |")
+        rows.append(f"| {name} | {len(one)} | {accuracies(one)} | {mean(one, 'patches_seen'):,.0f} | "
+                    f"{mean(one, 'train_seconds'):.0f} | {equal[0]['epochs']} | {accuracies(equal)} | "
+                    f"{mean(equal, 'train_seconds'):.0f} | {paper} |")
     return "\n".join(rows)
 
 
 def draw_peers() -> None:
-    """Linear accuracy against seconds and against patches seen: of each method one epoch, and equal seconds."""
+    """Linear accuracy, of all that is probed and of the representation alone, against seconds and against patches seen: of each
+    method one epoch, and equal seconds."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
     found = {name: kinds for name, kinds in peers_records().items() if name in (*PAPER, "simclr-one-negative", "simclr-noise", "single")}
-    for ax, key, label in ((axes[0], "train_seconds", "seconds of training"), (axes[1], "patches_seen", "patches seen")):
+    accuracies = {"linear_top1": "linear probe, top-1", "representation_top1": "the same, of the representation alone"}
+    costs = {"train_seconds": "seconds of training", "patches_seen": "patches seen"}
+    for (accuracy, key), ax in zip(itertools.product(accuracies, costs), axes.flat):
         for name, kinds in sorted(found.items()):
-            points = [[sum(r["metrics"][k] for r in records) / len(records) for k in (key, "linear_top1")] for records in kinds.values()]
+            points = [[sum(r["metrics"][k] for r in records) / len(records) for k in (key, accuracy)] for records in kinds.values()]
             style = dict(marker="*", markersize=14, linewidth=0) if name == "empssl" else dict(marker="o", markersize=4)
             ax.plot(*zip(*sorted(points)), label=name, **style)
-        if found:
+        if found and accuracy == "linear_top1":
             untrained = next(iter(found.values()))["1-epoch"][0]["metrics"]["untrained_top1"]
             ax.axhline(untrained, color="grey", linestyle=":", label="untrained encoder")
-        ax.set(xscale="log", xlabel=label)
-    axes[0].set_ylabel("linear probe, top-1")
-    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.set(xscale="log", xlabel=costs[key] if ax in axes[1] else "", ylabel=accuracies[accuracy] if ax in axes[:, 0] else "")
+    axes[0, 1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(RESULTS / "peers" / "accuracy.png", dpi=120)
     print(f"drawn: {RESULTS / 'peers' / 'accuracy.png'}")
 
@@ -244,8 +253,8 @@ def paper_table() -> str:
 
 
 def time_to(records: list[dict], goal: float) -> str:
-    """Mean seconds of training until a probe on the way reached `goal`; "-" where one seed's did not."""
-    first = [next((m["train_seconds"] for m in r.get("seen", []) if m["linear_top1"] >= goal), None) for r in records]
+    """Mean seconds of training until a probe, on the way or at the end, reached `goal`; "-" where one seed's did not."""
+    first = [next((m["train_seconds"] for m in [*r.get("seen", []), r["metrics"]] if m["linear_top1"] >= goal), None) for r in records]
     return "-" if None in first else f"{sum(first) / len(first):.0f} s"
 
 
@@ -256,6 +265,33 @@ def profile_table() -> str:
         cells = [f"{p['seconds'] * 1e3:.1f} | {p['share']:.1%} | {p['seconds'] / p['floor']:.1f}x" for p in (r["parts"][i] for r in profiles())]
         rows.append(f"| {part['part']} | " + " | ".join(cells) + " |")
     return "\n".join(rows) if profiles() else "not measured"
+
+
+def speed_table() -> str:
+    """The official way, `paper` and `fast`, of benchmarks/speed.py; "not measured" until it has run on a GPU."""
+    folder, parts = RESULTS / "speed", ("sampling", "patches", "forward", "loss", "backward", "optimizer")
+    ways = {way: json.loads((folder / f"{way}.json").read_text()) for way in ("official", "paper", "fast") if (folder / f"{way}.json").exists()}
+    runs = {(preset, epochs): [json.loads(p.read_text()) for p in sorted(folder.glob(f"{preset}-{epochs}-epochs-seed*.json"))]
+            for preset in ("paper", "fast") for epochs in (1, 10)}
+    rows = [f"| way | patches/s | {' | '.join(f'{part}: ms (over its floor)' for part in parts)} | no kernel runs | linear after 1 / 10 epochs | seconds to 80 / 85 / 90 % | hardware |",
+            "|---|---|" + "---|" * (len(parts) + 4)]
+    for way in ("official", "paper", "fast"):
+        if way not in ways:
+            rows.append(f"| {way} | not measured |" + " |" * (len(parts) + 4))
+            continue
+        r, preset = ways[way], "fast" if way == "fast" else "paper"
+        found = {p["part"]: f"{p['seconds'] * 1e3:.2f}" + (f" ({p['seconds'] / p['floor']:.1f}x)" if "floor" in p else "") for p in r["parts"]}
+        linear = " / ".join(spread(runs[preset, epochs], "linear_top1") if runs[preset, epochs] else "not measured" for epochs in (1, 10))
+        as_trained = runs[preset, 10]
+        if way == "official":                                       # sees what paper sees, at its own pace
+            pace = lambda m, run, epoch: m | {"train_seconds": epoch * run["images"] * run["patches"] / r["patches_per_second"]}
+            as_trained = [run | {"seen": [pace(m, run, m["epoch"]) for m in run.get("seen", [])], "metrics": pace(run["metrics"], run, run["epochs"])}
+                          for run in as_trained]
+        idle = "" if r.get("idle") is None else f"{r['idle']:.0%}"
+        seconds = " / ".join(time_to(as_trained, goal) for goal in (0.80, 0.85, 0.90)) if as_trained else "not measured"
+        rows.append(f"| {way} | {r['patches_per_second']:,.0f} | {' | '.join(found.get(part, '') for part in parts)} | {idle} | {linear} | {seconds} | "
+                    f"{r['hardware']} |")
+    return "\n".join(rows)
 
 
 def profiles() -> list[dict]:
@@ -296,7 +332,7 @@ def laptop_story() -> str:
 
 
 def readme_with_tables(text: str) -> str:
-    for name, table in (("runs", runs_table()), ("paper", paper_table()), ("peers", peers_table()), ("memory", memory_table()), ("ops", ops_table()), ("profile", profile_table())):
+    for name, table in (("runs", runs_table()), ("paper", paper_table()), ("peers", peers_table()), ("memory", memory_table()), ("speed", speed_table()), ("ops", ops_table()), ("profile", profile_table())):
         start, end = f"<!-- {name}: written by report.py --readme -->", f"<!-- end of {name} -->"
         head, rest = text.split(start)
         text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"

@@ -130,7 +130,21 @@ def peers(seeds: int, start) -> None:
             start(Run(f"{name}-equal-seconds-seed{seed}", f"{recipe} --epochs {epochs}"))
 
 
-# ---- what a run takes ----
+# ---- what a run is, and what it takes ----
+
+def settled(arguments: list[str]) -> empssl.Config:
+    """A run's settings, its preset's and its method's among them."""
+    method = arguments[arguments.index("--method") + 1] if "--method" in arguments else "empssl"
+    kind = baselines.Config if "--method" in arguments else empssl.Config
+    return io.settings(io.parse_flags(kind, arguments, ""), {k: v | baselines.PUBLISHED[method] for k, v in empssl.PRESETS.items()})
+
+
+def same_recipe(path: Path, arguments: list[str]) -> bool:
+    """Whether the record or the run's `config.json` at `path` is of these arguments, with the presets as they are today. What is
+    None here is the data set's to say."""
+    ours, theirs = dataclasses.asdict(settled(arguments)), json.loads(path.read_text())
+    return all(theirs.get(key) == value for key, value in ours.items() if value is not None and key not in ("name", "force", "data_dir"))
+
 
 def patches_per_second(config: empssl.Config) -> float:
     """Of training, on this machine, from three steps after a first one."""
@@ -151,8 +165,7 @@ def estimate(runs: list[Run], subset: int | None) -> float:
     for run in runs:
         if run.after:
             continue
-        config = io.parse_flags(baselines.Config, ["--method", "empssl", *run.flags.split()], "")
-        config = io.settings(config, {k: v | baselines.PUBLISHED["empssl"] for k, v in empssl.PRESETS.items()})
+        config = settled(run.flags.split())
         config.patch_size = config.patch_size or 32
         key = (config.backbone, config.patch_size, config.precision)
         known[key] = known.get(key) or patches_per_second(dataclasses.replace(config, patches=20))
@@ -175,21 +188,27 @@ def main(argv: list[str] | None = None) -> None:
         raise io.UsageError("--from and --to go together; give both folders.")
     results = "rehearsal" if flags.subset else flags.command
 
+    def arguments_of(run: Run) -> list[str]:
+        after = ["--checkpoint", str(io.RUNS / f"{results}-{run.after}" / "encoder.pt")] if run.after else []
+        return run.flags.split() + (["--subset", str(flags.subset)] if flags.subset else []) + after
+
+    def done(run: Run) -> bool:
+        path = report.RESULTS / results / f"{run.name}.json"
+        return path.exists() and (bool(run.after) or same_recipe(path, arguments_of(run)))
+
     def start(run: Run) -> None:
-        if (report.RESULTS / results / f"{run.name}.json").exists():
+        if done(run):
             print(f"{run.name} has its record")
             return
-        folder = io.RUNS / f"{results}-{run.name}"
-        arguments = run.flags.split() + (["--subset", str(flags.subset)] if flags.subset else [])
-        if run.after:
-            arguments += ["--checkpoint", str(io.RUNS / f"{results}-{run.after}" / "encoder.pt")]
+        folder, arguments = io.RUNS / f"{results}-{run.name}", arguments_of(run)
         program = ["baselines.py"] if "--method" in arguments else ["empssl.py"]
-        half_way = (folder / "config.json").exists()
-        command = program + (["--resume", str(folder)] if half_way else [*arguments, "--name", folder.name])
+        begun = (folder / "config.json").exists()
+        half_way = begun and same_recipe(folder / "config.json", arguments)
+        command = program + (["--resume", str(folder)] if half_way else [*arguments, "--name", folder.name, *["--force"] * begun])
         print("python", *command, flush=True)
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
-        if done.returncode:
-            sys.exit(done.returncode)
+        ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
+        if ended.returncode:
+            sys.exit(ended.returncode)
         report.keep_record(folder, results, run.name)
 
     if flags.command == "peers":
@@ -201,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
             "transfer": lambda: transfer(flags), "ablation": ablation}[flags.command]()
     open_runs = [run._replace(name=f"{run.name}-seed{seed}", flags=f"{run.flags} --seed {seed}", after=run.after and f"{run.after}-seed{seed}")
                  for seed in range(flags.seeds) for run in runs]
-    open_runs = [run for run in open_runs if not (report.RESULTS / results / f"{run.name}.json").exists()]
+    open_runs = [run for run in open_runs if not done(run)]
     seconds = estimate(open_runs, flags.subset)
     print(f"{flags.command}: {len(open_runs)} runs, about {io.human_time(seconds)} of training on {io.describe_device('cuda' if GPU else 'cpu')}, "
           f"and probing", *(f"  {run.name}" for run in open_runs), sep="\n")

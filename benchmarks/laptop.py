@@ -123,9 +123,9 @@ TRIES = {
 }
 
 
-def holdout_split(data: io.Dataset):
+def holdout_split(data: io.Dataset, held: int = 5000):
     order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(123))
-    parts = order[5000:], order[:5000]
+    parts = order[held:], order[:held]
     return [(data.train_images[rows], data.train_labels[rows]) for rows in parts]
 
 

@@ -148,6 +148,24 @@ def test_sinkhorns_codes_are_balanced():
     assert sinkhorn(torch.tensor([[1e4, 0.0], [0.0, 1e4]])).isfinite().all()
 
 
+def test_sinkhorn_alternates_three_times_rows_last():
+    scores = torch.randn(7, 5, dtype=torch.float64) / 5
+    log_q = scores / 0.05
+    for _ in range(3):
+        log_q = log_q - log_q.logsumexp(0, keepdim=True)
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)
+    assert torch.allclose(sinkhorn(scores), log_q.exp())
+
+
+def test_swavs_queue_is_saved_with_it():
+    swav, again = (SwAV(4, 0.1, prototypes=6, queue=8) for _ in range(2))
+    batches = torch.randn(4, 2, 4, 4)
+    for z in batches[:3]:
+        swav(z)
+    again.load_state_dict(swav.state_dict())
+    assert again(batches[3]).item() == swav(batches[3]).item()
+
+
 def test_swav_predicts_the_other_views_code():
     swav = SwAV(dim=4, temperature=0.1, prototypes=4, queue=1000)
     swav.prototypes.data.copy_(torch.eye(4))
@@ -305,6 +323,25 @@ def test_sqrt_kl():
 def test_a_bank_that_begins_as_features():
     start = torch.randn(5, 3, dtype=torch.float64)
     assert torch.allclose(bank(N=5, start=start).bank, F.normalize(start, dim=1))
+
+
+def test_the_untrained_networks_features_are_in_the_images_order():
+    """A network that sees each image's mean colour; 10 images in batches of 4 do not divide."""
+    network = nn.Module()
+    network.representation, network.project = lambda x: x.mean((2, 3)), lambda h: 2 * h
+    images = (torch.arange(30, dtype=torch.uint8) * 8).view(10, 3, 1, 1).expand(10, 3, 32, 32).contiguous()
+    c = config("single")
+    c.batch = 4
+    features = baselines.untrained_features(network, images, c, empssl.Augmentation.none())
+    assert torch.allclose(features, 2 * (images[:, :, 0, 0] / 127.5 - 1), atol=1e-5)
+
+
+def test_single_hears_which_images_were_mixed():
+    images = io.load_dataset("shapes", subset=64).train_images
+    encoder, objective, _ = baselines.method(config("single", cutmix=1.0), SimpleNamespace(train_images=images))
+    encoder.train()(torch.randn(32, 3, 16, 16))
+    partner, share = objective.mixed()
+    assert partner.sort().values.tolist() == list(range(32)) and (partner, share) == encoder.mixed and 0 <= share <= 1
 
 
 # ---- views ----

@@ -1,8 +1,10 @@
 """The commands that fill the README: what they refuse, what they run, what they leave alone."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import empssl_io as io      # noqa: E402
 import evidence             # noqa: E402
 import report               # noqa: E402
+import speed                # noqa: E402
 
 
 @pytest.fixture
@@ -77,3 +80,77 @@ def test_epochs_seen_on_the_way_are_rows_of_their_own(results):
     rows = [row for row in report.paper_table().splitlines() if "| cifar10 | 20 | 30 |" in row]
     assert "| 1 | .806 | 0.100 ± 0.000 |" in rows[0] and "| 10 | .907 | 0.810 ± 0.000 |" in rows[1]
     assert "| 30 | .931 | 0.850 ± 0.010 |" in rows[2] and rows[2].endswith("| 3 s / - / - | abacus | 2 |")
+
+
+@pytest.mark.parametrize("method", [[], ["--method", "simclr"]], ids=["empssl", "simclr"])
+def test_a_recipe_is_its_settings_with_the_presets_of_today(method, in_tmp, monkeypatch):
+    arguments = [*method, "--dataset", "shapes", "--preset", "laptop", "--device", "cpu", "--epochs", "3"]
+    path = in_tmp / "record.json"
+    path.write_text(json.dumps(dataclasses.asdict(evidence.settled([*arguments, "--name", "one"])) | {"metrics": {}}))
+    assert evidence.same_recipe(path, [*arguments, "--name", "two"])
+    assert not evidence.same_recipe(path, [*arguments, "--seed", "1"])
+    assert not evidence.same_recipe(path, [*arguments, "--lr", "0.123"])
+    monkeypatch.setitem(evidence.empssl.PRESETS["laptop"], "eval_patches", 4)
+    monkeypatch.setitem(evidence.empssl.PRESETS["laptop"], "eval_augmentation", "grid")
+    assert not evidence.same_recipe(path, arguments)
+
+
+@pytest.mark.parametrize("begun,recorded", [(None, None), ("1", None), ("2", None), ("2", "2"), ("1", "1")])
+def test_what_is_run_anew_resumed_and_left_alone(begun, recorded, results, in_tmp, monkeypatch):
+    """Folder and record of the recipe "1", or of "2", another."""
+    run = evidence.Run("demo", "--dataset shapes --preset laptop --device cpu --epochs 1")
+    monkeypatch.setattr(evidence, "transfer", lambda flags: [run])
+    monkeypatch.setattr(evidence, "estimate", lambda *a: 0.0)
+    for which, path in ((begun, in_tmp / "runs" / "transfer-demo-seed0" / "config.json"), (recorded, results / "transfer" / "demo-seed0.json")):
+        if which:
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(dataclasses.asdict(evidence.settled(run.flags.split() + ["--epochs", which]))))
+    ran = []
+    monkeypatch.setattr(evidence.subprocess, "run", lambda command, **_: ran.append(command[2:]) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(report, "keep_record", lambda *a: None)
+    evidence.main(["transfer", "--seeds", "1"])
+    new = [*run.flags.split(), "--seed", "0", "--name", "transfer-demo-seed0"]
+    expected = {(None, None): [new], ("1", None): [["--resume", "runs/transfer-demo-seed0"]], ("2", None): [[*new, "--force"]],
+                ("2", "2"): [[*new, "--force"]], ("1", "1"): []}
+    assert ran == expected[begun, recorded]
+
+
+def test_the_ways_are_compared_on_a_gpu_or_rehearsed(results, monkeypatch):
+    monkeypatch.setattr(evidence, "GPU", False)
+    with pytest.raises(io.UsageError, match="--rehearse"):
+        speed.main([])
+
+
+def test_the_official_loss_is_checked_before_anything_is_timed(monkeypatch):
+    speed.check_official_loss()
+    monkeypatch.setattr(speed.ops, "official_loop", lambda z, eps2: -empssl_loop(z, eps2))
+    empssl_loop = evidence.empssl.coding_rate
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        speed.check_official_loss()
+
+
+@pytest.mark.parametrize("name", speed.TRIES)
+def test_each_try_for_speed_is_another_recipe_that_fits(name):
+    flags = ["--dataset", "shapes", "--device", "cpu", "--preset", "fast"]
+    ours, theirs = evidence.settled([*flags, *speed.TRIES[name].flags.split()]), evidence.settled(flags)
+    assert (ours != theirs) == (name != "as-it-is") or name == "float32"        # which a CPU without bf16 has anyway
+    io.check_sizes(ours, 50_000, 32, 32)
+
+
+def test_the_table_of_the_ways(results):
+    (results / "speed").mkdir(parents=True)
+    part = lambda name, **more: {"part": name, "seconds": 0.002, "share": 0.5} | more
+    ways = {"official": {"patches_per_second": 100.0, "parts": [part("patches")]},
+            "fast": {"patches_per_second": 5000.0, "idle": 0.25, "parts": [part("forward", floor=0.001)]}}
+    for way, r in ways.items():
+        (results / "speed" / f"{way}.json").write_text(json.dumps(r | {"hardware": "abacus"}))
+    probed = lambda accuracy, seconds, **more: {"linear_top1": accuracy, "knn_top1": 0.5, "train_seconds": seconds} | more
+    for preset, pace in (("paper", 40.0), ("fast", 4.0)):
+        record = {"images": 50, "patches": 20, "epochs": 10, "seen": [probed(0.71 + 0.05 * e, pace * e, epoch=e) for e in (1, 2, 3)],
+                  "metrics": probed(0.91, 10 * pace)}
+        (results / "speed" / f"{preset}-10-epochs-seed0.json").write_text(json.dumps(record))
+    official, paper, fast = report.speed_table().splitlines()[2:]
+    assert official.startswith("| official | 100 |  | 2.00 |")
+    assert official.endswith("| not measured / 0.910 | 20 s / 30 s / 100 s | abacus |")         # 50 images x 20 patches an epoch, 100 a second
+    assert paper.startswith("| paper | not measured |")
+    assert "| 2.00 (2.0x) |" in fast and "| 25% |" in fast and fast.endswith("| not measured / 0.910 | 8 s / 12 s / 40 s | abacus |")

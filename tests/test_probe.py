@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import empssl
 from empssl import (Augmentation, Encoder, K, Pointwise, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
                     regions, sample_patches, whiten)
 
@@ -66,6 +67,20 @@ def test_knn_by_hand():
     assert knn_probe(train, y, query, torch.tensor([0])) == 0
     assert knn_probe(train, y, query, torch.tensor([0]), temperature=1e3) == 1          # unweighted, three beat two
     assert knn_probe(train, y, query, torch.tensor([1]), k=2, temperature=1e3) == 1
+
+
+def test_the_representations_own_figures_are_of_the_last_columns(monkeypatch):
+    monkeypatch.setattr(empssl.io, "remembered", lambda *_: 0.5)
+    (x, y), (u, v) = blobs(400, seed=1), blobs(300, seed=2)
+    images = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
+    data = empssl.io.Dataset(images, y, images[:300], v, list("abcdefghij"), "key")
+    config = empssl.Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=8)
+    noise, other = torch.randn(400, 8), torch.randn(300, 8)
+    beside = empssl.probe([torch.cat([x, noise], 1), torch.cat([u, other], 1)], data, config, None)
+    assert beside["linear_top1"] > 0.9 and beside["representation_top1"] < 0.3 and beside["knn_top1"] < 0.3
+    config.hidden = 20
+    alone = empssl.probe([x, u], data, config, None)
+    assert alone["representation_top1"] == alone["linear_top1"] > 0.97 and alone["knn_top1"] > 0.97
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ def test_the_readmes_commands_parse(in_tmp):
     scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
     assert scripts == ["bash reproduce.sh", "bash reproduce.sh test"]
     known = re.findall(r"^([\w|-]+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
-    assert known == ["main", "test|test-long", "cifar10|cifar100|tinyimagenet|imagenet100|transfer|ablation|peers", "laptop", "figures",
-                     "all", "gpu"]
+    assert known == ["main", "test|test-long", "cifar10|cifar100|tinyimagenet|imagenet100|transfer|ablation|peers", "laptop", "speed",
+                     "figures", "all", "gpu"]
     assert all(c.split()[0] in ("python", "bash", "pip", "torchrun") for c in COMMANDS)
 
 
@@ -58,6 +58,11 @@ def test_the_readmes_tables_are_those_of_the_records():
     assert report.readme_with_tables(README) == README
 
 
+def test_the_readmes_pictures_and_links_are_there():
+    found = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    assert len(found) > 2 and all((ROOT / target).exists() for target in found)
+
+
 def test_the_laptops_story_is_that_of_the_records():
     story = (ROOT / "results" / "laptop" / "README.md").read_text()
     assert story == report.laptop_story(), "run: python report.py --readme"
@@ -65,9 +70,10 @@ def test_the_laptops_story_is_that_of_the_records():
 
 
 def test_the_readmes_presets_are_the_codes():
-    for name, paper in empssl.PRESETS["paper"].items():
-        row = re.search(rf"^\| `--{name.replace('_', '-')}`[^|]*\| ([^|]*) \| ([^|]*) \|$", README, re.M)
-        assert row and row.group(1) == str(paper) and row.group(2) == str(empssl.PRESETS["laptop"][name]), name
+    for name in empssl.PRESETS["fast"]:
+        row = re.search(rf"^\| `--{name.replace('_', '-')}`[^|]*\| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", README, re.M)
+        assert row and row.groups() == tuple(str(preset.get(name, {"patch_size": "the image, 32 for Tiny ImageNet"}.get(name, False)))
+                                            for preset in empssl.PRESETS.values()), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)

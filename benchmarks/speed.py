@@ -1,0 +1,259 @@
+"""The official way, preset `paper` and preset `fast`, side by side in one run: python benchmarks/speed.py [--rehearse] [--search]
+
+1. The official way is rebuilt (PIL patches in worker processes, float32, one d x d log-determinant a patch, the loss read at every
+   step) and its loss compared with ours. Then each way's patches/s, and where a step's time goes, with the floor of each part.
+2. `paper` and `fast` train for one epoch and for ten, probed after each; seconds to 80, 85 and 90 %. The official way sees the
+   patches that `paper` sees, so its seconds are those patches over its own patches/s.
+--search tries changes of `fast` on 45,000 training images, scored on the other 5,000: results/speed/tries/.
+--rehearse runs all of it small, on a CPU too, to results/rehearsal/. What has a record is not run again.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import empssl               # noqa: E402
+import empssl_io as io      # noqa: E402
+import evidence             # noqa: E402
+import laptop               # noqa: E402
+import ops                  # noqa: E402
+import report               # noqa: E402
+import step                 # noqa: E402
+
+WAYS = ("official", "paper", "fast")
+SMALL = "--subset 300 --patches 2 --batch 20 --eval-patches 1 --eval-augmentation grid --hidden 64 --projector 64 --dim 32"      # a rehearsal
+
+
+class Try(NamedTuple):
+    predicted: str              # points of holdout accuracy after one epoch, and patches/s, over preset fast
+    flags: str
+
+
+TRIES = {
+    "as-it-is": Try("0.84 after one epoch", ""),
+    "upsampled": Try("+1, at a quarter of the patches/s: the blown-up crop has nothing new, but finer maps", "--patch-size 32"),
+    "all-stages": Try("+0.5, at 0.7 of the patches/s", "--no-drop-last-stage"),
+    "sizes": Try("-0.5, at 1.3 times the patches/s", "--size-schedule 12:0.5,16:0.5"),
+    "paper-colours": Try("-1: blur and solarizing hurt small crops", "--augmentation paper"),
+    "patches-10": Try("-1.5, at half the seconds", "--patches 10"),
+    "patches-50": Try("+1, at 2.5 times the seconds", "--patches 50"),
+    "batch-50": Try("+0.5: twice the steps", "--batch 50 --lam 100"),
+    "batch-200": Try("-1: half the steps", "--batch 200"),
+    "lr-0.15": Try("-0.5", "--lr 0.15"),
+    "lr-0.6": Try("0: with the clip the learning rate is a cap", "--lr 0.6"),
+    "lambda-100": Try("0", "--lam 100"),
+    "narrow-projector": Try("-0.3, at 1.05 times the patches/s", "--projector 1024"),
+    "no-lars": Try("-20: an independent run lost 31", "--optimizer sgd"),
+    "adamw": Try("-3", "--optimizer adamw --lr 0.001 --weight-decay 0.01"),
+    "eager": Try("0, at 0.8 of the patches/s", "--no-compile"),
+    "float32": Try("0, at 0.4 of the patches/s", "--precision float32"),
+}
+
+
+def data_flags() -> str:
+    """CIFAR-10 where it is, else its JPEG copy."""
+    with open(os.devnull, "w") as nowhere:
+        try:
+            stdout, sys.stdout = sys.stdout, nowhere
+            io.load_dataset("cifar10")
+            return "--dataset cifar10"
+        except io.UsageError:
+            return "--dataset imagefolder --data-dir data/cifar10-jpeg"
+        finally:
+            sys.stdout = stdout
+
+
+# ---- 1. patches a second, and where they go ----
+
+class OfficialPatches(torch.utils.data.Dataset):
+    """n patches of an image, by PIL."""
+
+    def __init__(self, images: torch.Tensor, n: int, s: int):
+        self.images, self.n, self.s = images.permute(0, 2, 3, 1).numpy(), n, s
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = Image.fromarray(self.images[i])
+        return torch.stack([ops.official_pipeline(image, self.s) for _ in range(self.n)])           # (n, 3, s, s)
+
+
+def official_loss(z: torch.Tensor, lam: float, eps2: float) -> torch.Tensor:
+    mean = z.mean(0)
+    return -ops.official_loop(z, eps2) - lam * sum(F.cosine_similarity(Z, mean, dim=-1).mean() for Z in z) / len(z)
+
+
+def check_official_loss() -> None:
+    z = F.normalize(torch.randn(3, 20, 16, dtype=torch.float64), dim=-1)
+    theirs, ours = official_loss(z, 200.0, 0.2).item(), empssl.empssl_loss(z, 200.0, 0.2).item()
+    assert abs(theirs - ours) < 1e-9 * abs(ours), f"the official loss is {theirs} and ours {ours}: nothing is timed"
+
+
+def official(config: empssl.Config, images: torch.Tensor, warm: int, steps: int) -> dict:
+    """Seconds of each part of an official step, one after the other as there, and patches/s of whole steps."""
+    n, b, device = config.patches, config.batch, torch.device(config.device)
+    encoder = empssl.new_encoder(config, images).to(memory_format=torch.contiguous_format).train()
+    optimizer = empssl.new_optimizer(config, list(encoder.parameters()))
+    workers = len(os.sched_getaffinity(0))
+    loader = torch.utils.data.DataLoader(OfficialPatches(images[:, :, :, :], n, config.patch_size), b, shuffle=True, drop_last=True,
+                                         num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=True)
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+    times = {name: [] for name in ("patches", "forward", "loss", "backward", "optimizer")}
+    state, started = {}, 0.0
+
+    def patches():
+        state["x"] = next(batches).transpose(0, 1).flatten(0, 1).to(device)                 # (n*b, 3, s, s)
+
+    def forward():
+        state["z"] = encoder(state["x"]).unflatten(0, (n, b))
+
+    def loss():
+        state["loss"] = official_loss(state["z"], config.lam, config.eps2)
+        state["loss"].item()                                        # printed at every step there
+
+    def backward():
+        optimizer.zero_grad()
+        state["loss"].backward()
+    calls = dict(patches=patches, forward=forward, loss=loss, backward=backward, optimizer=optimizer.step)
+    for i in range(warm + steps):
+        if i == warm:
+            started = time.perf_counter()
+        for name, call in calls.items():
+            times[name].append(step.once(call, device))
+    seconds = (time.perf_counter() - started) / steps
+    return {"patches_per_second": n * b / seconds, "step_seconds": seconds, "workers": workers,
+            "parts": [{"part": name, "seconds": sum(t[warm:]) / steps, "share": sum(t[warm:]) / steps / seconds} for name, t in times.items()]}
+
+
+def ours(config: empssl.Config, images: torch.Tensor, warm: int, steps: int) -> dict:
+    """The same of `empssl.train`, whole steps as they run, then its parts one by one and the share of time without a kernel."""
+    device, clock = torch.device(config.device), []
+    encoder = empssl.new_encoder(config, images)
+    augmentation, _ = empssl.augmentations(config, *images.shape[2:])
+    total = warm + steps
+    epochs = -(-total * config.batch // len(images))
+    read = lambda record: clock.append((record["step"], time.perf_counter()))       # the record's figures have been read by then
+    empssl.train(encoder, images.to(device), dataclasses.replace(config, epochs=epochs), augmentation, read)
+    (first, began), (last, ended) = clock[0], clock[-1]
+    seconds = (ended - began) / (last - first)
+    return {"patches_per_second": config.patches * config.batch / seconds, "step_seconds": seconds, "idle": idle(config, images),
+            "parts": step.profile(config)}
+
+
+def idle(config: empssl.Config, images: torch.Tensor, steps: int = 20) -> float | None:
+    """Share of a training step in which no kernel runs; None on a CPU."""
+    if not config.device.startswith("cuda"):
+        return None
+    encoder = empssl.new_encoder(config, images)
+    augmentation, _ = empssl.augmentations(config, *images.shape[2:])
+    images = images[:steps * config.batch].to(config.device)
+    run = lambda: empssl.train(encoder, images, dataclasses.replace(config, epochs=1), augmentation)
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - started
+    return 1 - sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / wall
+
+
+def measure(way: str, flags: str, warm: int, steps: int) -> dict:
+    preset = "fast" if way == "fast" else "paper"
+    precision = "" if way == "fast" else "--precision float32"      # the paper's
+    config = evidence.settled(f"{flags} --preset {preset} {precision}".split())
+    config.patch_size = config.patch_size or 32
+    data = io.load_dataset(config.dataset, config.data_dir, config.image_size, config.subset)
+    found = (official if way == "official" else ours)(config, data.train_images, warm, steps)
+    device = torch.device(config.device)
+    flops, bandwidth = step.rates(device, torch.float32)
+    return {"way": way, "seed": config.seed, "command": f"python benchmarks/speed.py, of {flags}", **io.provenance(config.device),
+            "patches": config.patches, "batch": config.batch, "patch_size": config.patch_size, "precision": config.precision,
+            "float32_rate": flops, "copy_bandwidth": bandwidth} | found
+
+
+# ---- 2. seconds to an accuracy: runs of empssl.py ----
+
+def training_runs(flags: str, seeds: int) -> list[evidence.Run]:
+    return [evidence.Run(f"{preset}-{epochs}-epochs-seed{seed}",
+                         f"{flags} --preset {preset} --epochs {epochs} --seed {seed}" + (f" --probe-epochs {','.join(map(str, range(1, epochs)))}" if epochs > 1 else ""))
+            for seed in range(seeds) for preset in ("fast", "paper") for epochs in (1, 10)]
+
+
+# ---- the search for preset fast ----
+
+def search(name: str, flags: str, folder: Path) -> None:
+    chosen = TRIES[name]
+    config = evidence.settled([*flags.split(), "--preset", "fast", *chosen.flags.split()])
+    data = io.load_dataset(config.dataset, config.data_dir, config.image_size, config.subset)
+    held = min(5000, len(data.train_images) // 10)
+    (images, labels), (held_out, their_labels) = laptop.holdout_split(data, held)
+    images = images.to(config.device)
+    encoder, log = empssl.new_encoder(config, images), []
+    augmentation, at_eval = empssl.augmentations(config, *images.shape[2:])
+    metrics = empssl.train(encoder, images, config, augmentation, log.append)
+    h, held_h = (empssl.features(encoder, io.Dataset(x, None, None, None, [], ""), config, at_eval)[0] for x in (images, held_out))
+    metrics["holdout_linear_top1"] = empssl.linear_probe(h, labels, held_h, their_labels)[0]
+    metrics["patches_per_second"] = metrics["patches_seen"] / metrics["train_seconds"]
+    print(f"{name}: predicted {chosen.predicted}; gave {metrics['holdout_linear_top1']:.4f}, {metrics['patches_per_second']:,.0f} patches/s")
+    save(folder / f"{name}.json", {"try": name, **chosen._asdict(), "seed": config.seed, **io.provenance(config.device), "metrics": metrics,
+                                   "log": log[4::5]})
+
+
+def save(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"kept as {path.relative_to(report.RESULTS.parent)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="small, and on a CPU too")
+    parser.add_argument("--search", action="store_true", help="try changes of preset fast on a holdout")
+    parser.add_argument("--seeds", type=int, default=3)
+    flags = parser.parse_args(argv)
+    if not (evidence.GPU or flags.rehearse):
+        raise io.UsageError("This compares ways to use a GPU and PyTorch sees none; rehearse it small with --rehearse.")
+    data = f"{data_flags()} {SMALL}" if flags.rehearse else data_flags()
+    folder = report.RESULTS / ("rehearsal/speed" if flags.rehearse else "speed")
+    print(f"speed: {'a rehearsal, minutes' if flags.rehearse else 'about half an hour a seed on an H100, most of it the official recipe in float32'}; records in {folder.name}/")
+    check_official_loss()
+    if flags.search:
+        for name in TRIES:
+            if not (folder / "tries" / f"{name}.json").exists():
+                search(name, data, folder / "tries")
+        return
+    warm, steps = (10, 10) if flags.rehearse else (20, 100)
+    for way in WAYS:
+        if not (folder / f"{way}.json").exists():
+            record = measure(way, data, warm, steps)
+            print(f"{way}: {record['patches_per_second']:,.0f} patches/s")
+            save(folder / f"{way}.json", record)
+    for run in training_runs(data, 1 if flags.rehearse else flags.seeds):
+        path = folder / f"{run.name}.json"
+        if path.exists() and evidence.same_recipe(path, run.flags.split()):
+            continue
+        name = f"speed-{run.name}" if not flags.rehearse else f"rehearsal-speed-{run.name}"
+        command = [sys.executable, str(ROOT / "empssl.py"), *run.flags.split(), "--name", name, "--force"]
+        print("python", *command[1:], flush=True)
+        if code := subprocess.run(command).returncode:
+            sys.exit(code)
+        report.keep_record(io.RUNS / name, str(folder.relative_to(report.RESULTS)), run.name)
+
+
+if __name__ == "__main__":
+    with io.mistakes_in_one_sentence():
+        main()
