@@ -201,9 +201,12 @@ def peers_table() -> str:
 def draw_peers() -> None:
     """Linear accuracy, of all that is probed and of the representation alone, against seconds and against patches seen: of each
     method one epoch, and equal seconds."""
+    found = {name: kinds for name, kinds in peers_records().items() if name in (*PAPER, "simclr-one-negative", "simclr-noise", "single")}
+    if not found:
+        print("no method has a record in results/peers yet: nothing drawn")
+        return
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
-    found = {name: kinds for name, kinds in peers_records().items() if name in (*PAPER, "simclr-one-negative", "simclr-noise", "single")}
     accuracies = {"linear_top1": "linear probe, top-1", "representation_top1": "the same, of the representation alone"}
     costs = {"train_seconds": "seconds of training", "patches_seen": "patches seen"}
     for (accuracy, key), ax in zip(itertools.product(accuracies, costs), axes.flat):
@@ -211,7 +214,7 @@ def draw_peers() -> None:
             points = [[sum(r["metrics"][k] for r in records) / len(records) for k in (key, accuracy)] for records in kinds.values()]
             style = dict(marker="*", markersize=14, linewidth=0) if name == "empssl" else dict(marker="o", markersize=4)
             ax.plot(*zip(*sorted(points)), label=name, **style)
-        if found and accuracy == "linear_top1":
+        if accuracy == "linear_top1":
             untrained = next(iter(found.values()))["1-epoch"][0]["metrics"]["untrained_top1"]
             ax.axhline(untrained, color="grey", linestyle=":", label="untrained encoder")
         ax.set(xscale="log", xlabel=costs[key] if ax in axes[1] else "", ylabel=accuracies[accuracy] if ax in axes[:, 0] else "")
@@ -322,7 +325,7 @@ def laptop_story() -> str:
             lines += ["", f"### {title.replace('_', ' ').capitalize()}", "", r[title].get("what", "")]
             for group, values in groups.items():
                 lines += ["", f"| {group or 'how'} | |", "|---|---|"] + [f"| {k.strip()} | {figure(v)} |" for k, v in values.items() if k != "what"]
-    lines += ["", "## The preset on the test set", "", "Each was read once.", "", "| record | patches | training | linear | kNN | untrained |", "|---|---|---|---|---|---|"]
+    lines += ["", "## The preset on the test set", "", "Nothing was chosen on it.", "", "| record | patches | training | linear | kNN | untrained |", "|---|---|---|---|---|---|"]
     for path in [*sorted((RESULTS / "laptop").glob("earlier-preset-*.json")), *sorted(RESULTS.glob("cifar10-jpeg-laptop*.json"))]:
         r = json.loads(path.read_text())
         m = r["metrics"]

@@ -109,7 +109,7 @@ def official(config: empssl.Config, images: torch.Tensor, warm: int, steps: int)
     encoder = empssl.new_encoder(config, images).to(memory_format=torch.contiguous_format).train()
     optimizer = empssl.new_optimizer(config, list(encoder.parameters()))
     workers = len(os.sched_getaffinity(0))
-    loader = torch.utils.data.DataLoader(OfficialPatches(images[:, :, :, :], n, config.patch_size), b, shuffle=True, drop_last=True,
+    loader = torch.utils.data.DataLoader(OfficialPatches(images, n, config.patch_size), b, shuffle=True, drop_last=True,
                                          num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=True)
     batches = itertools.chain.from_iterable(loader for _ in itertools.count())
     times = {name: [] for name in ("patches", "forward", "loss", "backward", "optimizer")}
@@ -229,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         raise io.UsageError("This compares ways to use a GPU and PyTorch sees none; rehearse it small with --rehearse.")
     data = f"{data_flags()} {SMALL}" if flags.rehearse else data_flags()
     folder = report.RESULTS / ("rehearsal/speed" if flags.rehearse else "speed")
-    print(f"speed: {'a rehearsal, minutes' if flags.rehearse else 'about half an hour a seed on an H100, most of it the official recipe in float32'}; records in {folder.name}/")
+    print(f"speed: {', '.join(WAYS)}, then runs of 1 and 10 epochs, {1 if flags.rehearse else flags.seeds} seeds (how long: not measured); records in "
+          f"{folder.relative_to(report.RESULTS.parent)}/")
     check_official_loss()
     if flags.search:
         for name in TRIES:

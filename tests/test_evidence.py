@@ -115,6 +115,11 @@ def test_what_is_run_anew_resumed_and_left_alone(begun, recorded, results, in_tm
     assert ran == expected[begun, recorded]
 
 
+def test_without_records_of_peers_nothing_is_drawn(results, capsys):
+    report.main(["--peers"])
+    assert "nothing drawn" in capsys.readouterr().out and not results.exists()
+
+
 def test_the_ways_are_compared_on_a_gpu_or_rehearsed(results, monkeypatch):
     monkeypatch.setattr(evidence, "GPU", False)
     with pytest.raises(io.UsageError, match="--rehearse"):
