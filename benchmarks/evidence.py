@@ -98,7 +98,7 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
     "simclr-published-views": "--method simclr --crops published",
     "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
-    "empssl-upsampled-32": "--patches 20 --patch-size 32",
+    "empssl-upsampled-32-5-patches": "--patches 5 --patch-size 32",
     "empssl-sizes-8-16": "--patches 20 --patch-size 16 --size-schedule 8:0.5,16:0.5",
     "empssl-no-last-stage": "--patches 20 --drop-last-stage",
     "empssl-no-lars": "--patches 20 --optimizer sgd",
@@ -112,6 +112,7 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
     "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
     "empssl-centre-crop-at-evaluation": "--patches 20 --eval-patches 1 --eval-augmentation grid",
+    "empssl-upsampled-32": "--patches 20 --patch-size 32",               # four times the seconds
 }
 
 
