@@ -36,7 +36,7 @@ class Config(empssl.Config):
     """EMP-SSL's settings, and those of the methods here; what is None comes from `PUBLISHED`."""
     method: str = flag("simclr", "what is trained", choices=("empssl", "simclr", "vicreg", "byol", "swav", "ressl", "single", "supervised"))
     augmentation: str = flag(None, "of the views", choices=AUGMENTATIONS)
-    crops: str = flag("patches", "an image's quarter, as EMP-SSL's patches are, or 0.08 to 1 of it as published",
+    crops: str = flag("patches", "an image's quarter, as EMP-SSL's patches are, or 0.08 to 1 of it (noise: all of it) as published",
                       choices=("patches", "published"))
     optimizer: str = flag(None, "of every weight", choices=("lars", "sgd", "adamw"))
     weight_decay: float = flag(None, "not of biases and BatchNorm, with LARS")
@@ -56,10 +56,11 @@ class Config(empssl.Config):
 
 
 # Settings as published for CIFAR-10. All but the single branch: solo-learn's (da Costa et al., JMLR 2022, files
-# scripts/pretrain/cifar/*.yaml); ReSSL's momentum and queue are its paper's. The single branch: Cao & Wu's code. Different
-# here, for all: momentum is Nesterov's, the learning rate has no warm-up (theirs is 1 % of the epochs), SwAV's prototypes
-# learn from the start and its queue serves once it is full, crops are EMP-SSL's unless --crops published, and the
-# encoder's widths are the preset's. d, the embedding's width, is the method's own.
+# scripts/pretrain/cifar/*.yaml, so SwAV without multi-crop); ReSSL's momentum and queue are its paper's. The single branch:
+# Cao & Wu's code. Different here, for all: momentum is Nesterov's, the learning rate has no warm-up (solo-learn's is 1 % of the
+# epochs), SwAV's prototypes learn from the start and its queue serves once it is full, crops are EMP-SSL's unless --crops
+# published. The network up to the embedding is the preset's, with its widths: one layer between the backbone and the head that
+# theirs lack, which is what gets probed. d, the embedding's width, is the method's own.
 PUBLISHED = {
     "empssl": dict(optimizer="lars", eta=0.005, weight_decay=1e-4),
     "simclr": dict(patches=2, batch=256, augmentation="simclr", dim=256, optimizer="lars", eta=0.02, lr=0.4, weight_decay=1e-4,
@@ -81,8 +82,10 @@ PUBLISHED = {
 def views(config: Config, H: int, W: int) -> Augmentation | list[Augmentation]:
     """How the views of an image are drawn: one augmentation for all, or one for each."""
     ours = empssl.augmentations(config, H, W)[0]
-    if config.augmentation in ("paper", "light"):
-        return ours
+    if config.augmentation in ("paper", "light"):                               # EMP-SSL's; ReSSL's other view has the crop alone
+        if config.crops == "published":
+            raise UsageError(f"--augmentation {config.augmentation} has EMP-SSL's crops; leave it or --crops published out.")
+        return [ours, Augmentation.none(area=ours.area, ratio=ours.ratio, flip=0.5)] if config.method == "ressl" else ours
     crop, crop_of_a_fifth = dict(area=ours.area, ratio=ours.ratio), dict(area=ours.area, ratio=ours.ratio)
     if config.crops == "published":
         crop, crop_of_a_fifth = dict(area=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), dict(area=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
@@ -94,7 +97,7 @@ def views(config: Config, H: int, W: int) -> Augmentation | list[Augmentation]:
         "byol": [Augmentation(**crop, **mild), Augmentation(**crop | mild | dict(solarize=0.2))],
         "ressl": [Augmentation(**crop | mild | dict(blur=0.5)), Augmentation.none(**crop, flip=0.5)],
         "single": Augmentation(**crop_of_a_fifth | mild | dict(saturation=0.4)),
-        "noise": Augmentation.none(area=(1.0, 1.0)),                            # the whole image: all else is --noise
+        "noise": Augmentation.none(area=(1.0, 1.0) if config.crops == "published" else ours.area),      # one for both views
     }[config.augmentation]
 
 
@@ -122,13 +125,16 @@ class Objective(nn.Module):
 
 
 class Views(empssl.Encoder):
-    """The encoder without the last normalisation. In training each view has BatchNorm statistics of its own, as in the
-    methods' own codes, and views may be given noise, mixed, or left out (ReSSL's weak one, which only the target sees)."""
-    views, encoded, noise, cutmix, mixed, chance = 1, 1, 0.0, 0.0, None, None
+    """The encoder without the last normalisation. In training each view has BatchNorm statistics of its own, as in
+    solo-learn (SimCLR's and SwAV's own codes join the views), and views may be one crop, be given noise, mixed, or left out
+    (ReSSL's weak one, which only the target sees)."""
+    views, encoded, one_crop, noise, cutmix, mixed, chance = 1, 1, False, 0.0, 0.0, None, None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.project(self.representation(x))
+        if self.one_crop:
+            x = x[:len(x) // self.views].repeat(self.views, 1, 1, 1)
         if self.noise:
             x = x + self.noise * torch.randn(x.shape, generator=self.chance("noise")).to(x)
         if self.cutmix:
@@ -180,7 +186,8 @@ class SimCLR(Objective):
 # ---- VICReg ---------------------------------------------------------------------------------------------------------
 
 class VICReg(Objective):
-    """25 invariance + 25 variance + 1 covariance, equations 1 to 6 of the paper."""
+    """25 invariance + 25 variance + 1 covariance (equation 6 of the paper), invariance divided by d as in the official code,
+    the views' variances added up as in the paper (the official code takes half)."""
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
         return 25 * self.invariance(z) + 25 * self.variance(z) + self.covariance(z)
@@ -307,29 +314,31 @@ class SingleBranch(Objective):
     loss = -sum_k t_k log softmax(cos / tau)_k + distillation * SqrtKL, over the batch's own rows and `others` drawn from
     the rest of the bank; t is the image's own row, or with CutMix both images' by their shares.
 
-    The bank's update. With p = softmax(cos / tau) the loss of one image has, with respect to row w_k,
+    The bank's update. With p = softmax(cos / tau) the cross-entropy of one image has, with respect to row w_k,
 
         dL/dw_k = (p_k - t_k) z / tau,
 
     so a step against the gradient moves an image's own row by (1 - p) z, not by z, and every other row away from z by
     p_k z. The moving average, the released code's only rule, moves an image's own row alone: w <- m w + (1 - m) z, CutMix
     or not. The gradient formula, and that the other rows move too, is the paper's. The size of the step is derived here: m
-    and 1 - m are kept, so that without CutMix and where p is 0 both rules are one,
+    and 1 - m are kept, so that without CutMix and where p is 0 both rules are one; SqrtKL has no part in it,
 
         w_k <- unit(m^[k is in the batch] w_k + (1 - m) sum_j (t_jk - p_jk) z_j).
 
-    `start`: features (N, d) of the untrained network, one forward pass over the data ("feature calibrate"), or None.
+    `start()`, called at the first step: features (N, d) of the untrained network, one forward pass over the data ("feature
+    calibrate"); or None. `mixed()`: what CutMix has just done to the batch, as `cut_mix` returns it.
     """
 
-    def __init__(self, start: Tensor | None, N: int, dim: int, temperature: float, others: int, distillation: float,
-                 momentum: float, update: str, mixed=lambda: None, seed: int = 0):
+    def __init__(self, start, N: int, dim: int, temperature: float, others: int, distillation: float, momentum: float, update: str,
+                 mixed=lambda: None, seed: int = 0):
         super().__init__(seed)
-        random = torch.randn(N, dim, generator=generator(seed, "bank", 0))
-        self.register_buffer("bank", F.normalize(random if start is None else start, dim=1))
-        self.temperature, self.others, self.distillation = temperature, others, distillation
-        self.momentum, self.update, self.mixed = momentum, update, mixed
+        self.register_buffer("bank", F.normalize(torch.randn(N, dim, generator=generator(seed, "bank", 0)), dim=1))
+        self.start, self.mixed, self.temperature, self.others = start, mixed, temperature, others
+        self.distillation, self.momentum, self.update = distillation, momentum, update
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        if self.calls == 0 and self.start:
+            self.bank.copy_(F.normalize(self.start(), dim=1))
         z, b = F.normalize(z[0], dim=1), len(index)                             # (b, d)
         order = torch.randperm(len(self.bank), generator=self.chance("others"))
         rows = torch.cat([index, order[~torch.isin(order, index)][:self.others]]).to(z.device)          # (b + others,)
@@ -341,10 +350,13 @@ class SingleBranch(Objective):
         cos = z @ w.T                                                           # (b, b + others)
         loss = -(t * F.log_softmax(cos / self.temperature, 1)).sum(1).mean() + self.distillation * sqrt_kl(cos)
         with torch.no_grad():
-            pull = t - F.softmax(cos / self.temperature, 1) if self.update == "gradient" else torch.eye(*t.shape).to(t)
-            kept = torch.ones(len(rows), 1, dtype=z.dtype, device=z.device)
-            kept[:b] = self.momentum
-            self.bank[rows] = F.normalize(kept * w + (1 - self.momentum) * pull.T @ z, dim=1)
+            m = self.momentum
+            if self.update == "average":
+                self.bank[rows[:b]] = F.normalize(m * w[:b] + (1 - m) * z, dim=1)
+            else:
+                pull = t - F.softmax(cos / self.temperature, 1)                 # (b, b + others)
+                kept = torch.cat([m * w[:b], w[b:]])
+                self.bank[rows] = F.normalize(kept + (1 - m) * pull.T @ z, dim=1)
         return loss
 
 
@@ -357,7 +369,7 @@ def sqrt_kl(cos: Tensor) -> Tensor:
 
 @torch.no_grad()
 def untrained_features(encoder: nn.Module, images: Tensor, config: Config, augmentation: Augmentation) -> Tensor:
-    """One forward pass, before the clock starts: `(N, d)`. BatchNorm uses each batch's own statistics: it has no others."""
+    """One forward pass, within the training's seconds: `(N, d)`. BatchNorm uses each batch's own statistics: it has no others."""
     parts = []
     for i, index in enumerate(torch.arange(len(images)).tensor_split(math.ceil(len(images) / config.batch))):
         params = empssl.sample_patches(len(index), 1, images.shape[2:], augmentation, generator(config.seed, "calibrate", i))
@@ -382,13 +394,17 @@ class Supervised(Objective):
 # ---- S3L: a last stage on top of an encoder that was trained without one --------------------------------------------
 
 def with_last_stage(encoder: empssl.Encoder, path: str, resumed: bool = False) -> None:
-    """Fill the earlier stages of `encoder` from an encoder.pt, and freeze them; the rest is left to train."""
+    """Fill the earlier stages of `encoder` from an encoder.pt, and freeze them, their BatchNorms' averages too; the rest is left
+    to train."""
     how = encoder.architecture
     if how["drop_last_stage"]:
         raise UsageError("--warm-last-stage adds the last stage and --drop-last-stage leaves it out; give one of them.")
     below = empssl.Encoder(**how | dict(drop_last_stage=True)).backbone.state_dict()
     for name, parameter in encoder.backbone.named_parameters():
         parameter.requires_grad_(name not in below)
+    for name, module in encoder.backbone.named_modules():
+        if f"{name}.running_mean" in below:
+            module.momentum = 0.0
     if resumed:                                                     # its checkpoint has the weights
         return
     saved = io.load_checkpoint(path)
@@ -417,6 +433,8 @@ def method(config: Config, data: io.Dataset):
     wanted = PUBLISHED[config.method].get("patches", config.patches)
     if config.patches != wanted:
         raise UsageError(f"--method {config.method} sees {wanted} views of an image; leave --patches {config.patches} out.")
+    if config.method != "simclr" and (config.augmentation == "noise" or config.noise or config.negatives):
+        raise UsageError("--augmentation noise, --noise and --negatives are SimCLR's; leave them out, or give --method simclr.")
     augmentation = views(config, H, W)
     if isinstance(augmentation, list) and len(augmentation) != wanted:
         raise UsageError(f"--augmentation {config.augmentation} draws two views unlike each other, and --method {config.method} "
@@ -434,12 +452,12 @@ def method(config: Config, data: io.Dataset):
         "swav": lambda: SwAV(config.dim, config.temperature),
         "ressl": lambda: ReSSL(encoder, config.dim, config.temperature, precision=config.precision),
         "single": lambda: SingleBranch(
-            untrained_features(encoder, images, config, augmentation) if config.bank_start == "features" and not config.resume else None,
+            (lambda: untrained_features(encoder, images, config, augmentation)) if config.bank_start == "features" else None,
             len(images), config.dim, config.temperature, config.others, config.distillation, config.bank_momentum,
             config.bank_update, lambda: encoder.mixed, config.seed),
         "supervised": lambda: Supervised(data.train_labels),
     }[config.method]()
-    encoder.noise = config.noise if config.method == "simclr" else 0.0
+    encoder.one_crop, encoder.noise = config.augmentation == "noise", config.noise
     encoder.cutmix = config.cutmix if config.method == "single" else 0.0
     encoder.chance = objective.chance
     return encoder, objective.to(config.device), augmentation

@@ -167,12 +167,25 @@ PAPER = {"empssl": (.806, .907), "simclr": (.282, .565), "byol": (.249, .489), "
 
 
 def peers_records() -> dict[str, dict[str, list[dict]]]:
-    """Records of results/peers by method or ablation, then by "1-epoch" or "equal-seconds", one of each seed."""
+    """Records of results/peers by method or ablation, then by "1-epoch" or "equal-seconds", one of each seed. Where training has a
+    record of its own, its metrics are the probe's too."""
     found = {}
     for path in sorted((RESULTS / "peers").glob("*.json")):
-        name, kind = re.fullmatch(r"(.*)-(1-epoch|equal-seconds)-seed\d+", path.stem).groups()
-        found.setdefault(name, {}).setdefault(kind, []).append(json.loads(path.read_text()))
+        name, kind, seed = re.fullmatch(r"(.*)-(1-epoch|equal-seconds|trained)-seed(\d+)", path.stem).groups()
+        record, trained = json.loads(path.read_text()), path.with_name(f"{name}-trained-seed{seed}.json")
+        if kind == "1-epoch" and trained.exists():
+            theirs = json.loads(trained.read_text())
+            record = theirs | {"metrics": theirs["metrics"] | record["metrics"]}
+        if kind != "trained":
+            found.setdefault(name, {}).setdefault(kind, []).append(record)
     return found
+
+
+def at_equal_seconds(kinds: dict[str, list[dict]], seconds: dict[int, float]) -> list[dict]:
+    """Of each seed the run of as many epochs as fit EMP-SSL's seconds, or the one epoch that does; none that is a third away."""
+    longer = {r["seed"]: r for r in kinds.get("equal-seconds", ())}
+    runs = [longer.get(r["seed"], r) for r in kinds["1-epoch"]]
+    return [r for r in runs if 2 / 3 <= r["metrics"]["train_seconds"] / seconds.get(r["seed"], float("inf")) <= 3 / 2]
 
 
 def spread(records: list[dict], key: str) -> str:
@@ -183,18 +196,21 @@ def spread(records: list[dict], key: str) -> str:
 
 
 def peers_table() -> str:
-    rows = ["| what | seeds | one epoch: linear | of the representation | kNN | patches seen | seconds | equal seconds: epochs | linear | "
-            "of the representation | kNN | seconds | paper, 1 / 10 epochs |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| what | seeds | one epoch: linear | of the representation | kNN | patches seen | steps | seconds | equal seconds: epochs | linear | "
+            "of the representation | kNN | seconds | paper, 1 / 10 epochs |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     found = peers_records()
+    seconds = {r["seed"]: r["metrics"]["train_seconds"] for r in found.get("empssl", {}).get("1-epoch", ())}
     methods = [name for name in found if "-" not in name or name.startswith("simclr-noise") or name.startswith("simclr-one")]
     for name in sorted(found, key=lambda name: (name not in methods, name.split("-")[0] != "empssl", name)):
-        one, equal = found[name]["1-epoch"], found[name].get("equal-seconds", found[name]["1-epoch"])
+        one, equal = found[name]["1-epoch"], at_equal_seconds(found[name], seconds)
         mean = lambda records, key: sum(r["metrics"][key] for r in records) / len(records)
         accuracies = lambda records: " | ".join(spread(records, key) for key in ("linear_top1", "representation_top1", "knn_top1"))
         paper = " / ".join(f"{x:.3f}" for x in PAPER[name]) if name in PAPER else ""
+        epochs = " or ".join(str(e) for e in sorted({r["epochs"] for r in equal}))
+        there = f"{epochs} | {accuracies(equal)} | {mean(equal, 'train_seconds'):.0f}" if equal else "| | | |"
         rows.append(f"| {name} | {len(one)} | {accuracies(one)} | {mean(one, 'patches_seen'):,.0f} | "
-                    f"{mean(one, 'train_seconds'):.0f} | {equal[0]['epochs']} | {accuracies(equal)} | "
-                    f"{mean(equal, 'train_seconds'):.0f} | {paper} |")
+                    f"{mean(one, 'patches_seen') / (one[0]['patches'] * one[0]['batch']):.0f} | {mean(one, 'train_seconds'):.0f} | "
+                    f"{there} | {paper} |")
     return "\n".join(rows)
 
 

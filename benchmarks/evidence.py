@@ -80,7 +80,7 @@ def ablation() -> list[Run]:
 
 # ---- peers: on a CPU preset laptop, 15,000 images, so that one epoch of EMP-SSL takes three minutes on two cores ----
 
-METHODS = {                     # each on EMP-SSL's patches, but for ReSSL's two kinds and the noise
+METHODS = {                     # each on EMP-SSL's patches; ReSSL's second view and noise alone have their crop alone
     "empssl": "--patches 20",
     "simclr": "--method simclr --augmentation {ours}",
     "simclr-one-negative": "--method simclr --augmentation {ours} --negatives 1",
@@ -88,7 +88,7 @@ METHODS = {                     # each on EMP-SSL's patches, but for ReSSL's two
     "vicreg": "--method vicreg --augmentation {ours}",
     "byol": "--method byol --augmentation {ours}",
     "swav": "--method swav --augmentation {ours}",
-    "ressl": "--method ressl",
+    "ressl": "--method ressl --augmentation {ours}",
     "single": "--method single --augmentation {ours}",
 }
 PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20 patches but where it says otherwise
@@ -96,6 +96,7 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "single-moving-average": "--method single --augmentation {ours} --bank-update average",
     "single-no-distillation": "--method single --augmentation {ours} --distillation 0",
     "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
+    "simclr-noise-one-negative": "--method simclr --augmentation noise --noise 0.5 --negatives 1",
     "simclr-published-views": "--method simclr --crops published",
     "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
     "empssl-upsampled-32-5-patches": "--patches 5 --patch-size 32",
@@ -125,6 +126,10 @@ def peers(seeds: int, start) -> None:
     for name, flags, seed in ([(name, flags, seed) for seed in range(seeds) for name, flags in METHODS.items()]
                               + [(name, flags, 0) for name, flags in PEERS_ABLATIONS.items()]):
         recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
+        if "--subset" in flags:                                     # to train on; probed on all, as the others
+            start(Run(f"{name}-trained-seed{seed}", f"{recipe} --epochs 1"))
+            start(Run(f"{name}-1-epoch-seed{seed}", f"{bench} --seed {seed} --eval-only", after=f"{name}-trained-seed{seed}"))
+            continue
         start(Run(f"{name}-1-epoch-seed{seed}", f"{recipe} --epochs 1"))
         epochs = round(seconds(f"empssl-1-epoch-seed{seed}") / seconds(f"{name}-1-epoch-seed{seed}"))
         if epochs > 1:

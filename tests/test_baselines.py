@@ -1,5 +1,6 @@
 """The peers' objectives: values by hand, gradients, invariances, what gets a gradient and what moves."""
 
+import itertools
 import math
 import signal
 from types import SimpleNamespace
@@ -53,6 +54,19 @@ def test_simclr_has_as_many_negatives_as_asked_for(negatives):
 def test_simclrs_negatives_are_drawn_without_replacement():
     z = double(2, 5, 3)
     assert SimCLR(0.2, negatives=8)(z).item() == pytest.approx(SimCLR(0.2)(z).item())           # all 8 of them
+
+
+def test_simclrs_negatives_are_of_both_views():
+    """Two images, each view alone in its direction: one negative is one of two, and both turn up for each view."""
+    z = torch.stack([unit(0, 90), unit(30, 200)])
+    u, seen = z.flatten(0, 1), set()
+    loss = lambda j, k: math.log(1 + math.exp((u[j] @ u[k] - u[j] @ u[(j + 2) % 4]).item()))
+    negatives = {0: (1, 3), 1: (0, 2), 2: (1, 3), 3: (0, 2)}
+    means = {round(sum(loss(j, k) for j, k in enumerate(chosen)) / 4, 6): chosen for chosen in itertools.product(*negatives.values())}
+    one = SimCLR(1.0, negatives=1)
+    for _ in range(200):
+        seen.add(means[round(one(z).item(), 6)])
+    assert len(means) == 16 and seen == set(means.values())
 
 
 def test_simclrs_negatives_are_of_other_images_and_change():
@@ -118,6 +132,19 @@ def test_byol_predicts_the_targets_embedding_of_the_other_view():
     byol.predict, byol.steps, byol.calls = nn.Identity(), 10, 10                # the target stands still
     byol.target.network.weight.data.copy_(torch.eye(2).flip(0))                 # and mirrors: 90 - angle
     assert byol(z, x).item() == pytest.approx(2 * sum(far) / 4)
+
+
+def test_byols_predictor_is_published_and_sees_one_view_at_a_time():
+    byol = BYOL(nn.Linear(3, 8), dim=8, hidden=16, steps=10)
+    assert [type(layer) for layer in byol.predict] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert [layer.out_features for layer in (byol.predict[0], byol.predict[3])] == [16, 8]
+    seen = []
+    byol.predict.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    z, x = torch.randn(2, 5, 8), torch.randn(10, 3)
+    for _ in range(2):
+        byol(z, x)
+        z = torch.stack([z[0], torch.randn(5, 8)])                              # another second view
+    assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[3])
 
 
 def test_a_target_follows_its_online_network():
@@ -216,6 +243,16 @@ def test_ressl_relates_to_the_queue_as_the_weak_view_does():
     wanted = -(torch.softmax(cos(50) / 0.04, 0) * torch.log_softmax(cos(10) / 0.1, 0)).sum()
     assert ressl(x.view(2, 1, 2), x).item() == pytest.approx(wanted.item())
     assert torch.allclose(ressl.queue, unit(50, 0, 90))                         # the weak view's embedding, the oldest gone
+
+
+def test_ressl_of_a_batch_is_the_mean_of_its_images():
+    ressl = ReSSL(nn.Identity(), 2, temperature=0.1, queue=4).double()
+    ressl.queue.copy_(unit(0, 90, 180, 270))
+    x = torch.cat([unit(10, 100, 200), unit(50, 120, 300)])
+    weak, strong = x[3:] @ ressl.queue.T, x[:3] @ ressl.queue.T
+    wanted = -(torch.softmax(weak / 0.04, 1) * torch.log_softmax(strong / 0.1, 1)).sum() / 3
+    assert ressl(x.view(2, 3, 2), x).item() == pytest.approx(wanted.item())
+    assert torch.allclose(ressl.queue, unit(50, 120, 300, 0))                   # the whole batch's, and the oldest gone
 
 
 def test_ressls_teacher_is_the_target_and_follows():
@@ -322,7 +359,15 @@ def test_sqrt_kl():
 
 def test_a_bank_that_begins_as_features():
     start = torch.randn(5, 3, dtype=torch.float64)
-    assert torch.allclose(bank(N=5, start=start).bank, F.normalize(start, dim=1))
+    single = bank(N=5, update="average", start=lambda: start)
+    single(torch.ones(1, 1, 3, dtype=torch.float64), None, torch.tensor([2]))
+    others = [0, 1, 3, 4]
+    assert torch.allclose(single.bank[others], F.normalize(start[others], dim=1))
+    single.start = lambda: pytest.fail("it began again")
+    single(torch.ones(1, 1, 3, dtype=torch.float64), None, torch.tensor([2]))
+    again = bank(N=5, start=lambda: pytest.fail("it began again"))
+    again.load_state_dict(single.state_dict())                                  # a resumed run has its bank
+    again(torch.ones(1, 1, 3, dtype=torch.float64), None, torch.tensor([2]))
 
 
 def test_the_untrained_networks_features_are_in_the_images_order():
@@ -334,6 +379,15 @@ def test_the_untrained_networks_features_are_in_the_images_order():
     c.batch = 4
     features = baselines.untrained_features(network, images, c, empssl.Augmentation.none())
     assert torch.allclose(features, 2 * (images[:, :, 0, 0] / 127.5 - 1), atol=1e-5)
+
+
+def test_the_untrained_networks_batch_norm_uses_the_batch():
+    """Else its features are those of an initialisation that has seen no data."""
+    network = nn.Module()
+    network.representation, network.project = lambda x: x.mean((2, 3)), nn.BatchNorm1d(3)
+    images, c = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), config("single")
+    features = baselines.untrained_features(network, images, c, empssl.Augmentation.none())
+    assert features.mean(0).abs().max() < 1e-4 and features.std(0, unbiased=False).min() > 0.5
 
 
 def test_single_hears_which_images_were_mixed():
@@ -387,17 +441,28 @@ def test_views_as_published():
     column = dict(zip(empssl.COLUMNS, params.unbind(-1)))                       # (2, 50) each
     assert (column["brightness"][0] != 1).float().mean() > 0.6 and (column["brightness"][1] == 1).all()
     assert (column["grey"][1] == 0).all() and (column["flip"][1] == 1).any() and column["height"].unique().numel() > 10
-    noise = empssl.sample_patches(9, 2, (32, 32), baselines.views(config("simclr", augmentation="noise"), 32, 32))
-    assert (noise[..., 2:4] == 32).all() and (noise[..., 4] == 0).all()
+    noise = [baselines.views(config("simclr", augmentation="noise", crops=crops), 32, 32) for crops in ("published", "patches")]
+    assert [a.area for a in noise] == [(1.0, 1.0), (0.25, 0.25)] and all(a == empssl.Augmentation.none(area=a.area) for a in noise)
+    strong, weak = baselines.views(config("ressl", augmentation="light"), 32, 32)
+    assert strong == baselines.views(config("byol", augmentation="light"), 32, 32) and weak == empssl.Augmentation.none(flip=0.5)
 
 
 def test_published_settings():
     """Literals, so that none changes unseen."""
-    said = {name: (c["lr"], c["weight_decay"], c["batch"], c["dim"], c.get("temperature"), c["optimizer"])
+    said = {name: (c["patches"], c["augmentation"], c["lr"], c["weight_decay"], c["batch"], c["dim"], c.get("temperature"), c["optimizer"], c["eta"])
             for name, c in baselines.PUBLISHED.items() if name not in ("empssl", "supervised")}
-    assert said == {"simclr": (0.4, 1e-4, 256, 256, 0.2, "lars"), "vicreg": (0.3, 1e-4, 256, 2048, None, "lars"),
-                    "byol": (1.0, 1e-5, 256, 256, None, "lars"), "swav": (0.6, 1e-6, 256, 128, 0.1, "lars"),
-                    "ressl": (0.05, 1e-4, 256, 256, 0.1, "sgd"), "single": (1.0, 1e-4, 512, 2048, 0.2, "sgd")}
+    assert said == {"simclr": (2, "simclr", 0.4, 1e-4, 256, 256, 0.2, "lars", 0.02), "vicreg": (2, "vicreg", 0.3, 1e-4, 256, 2048, None, "lars", 0.02),
+                    "byol": (2, "byol", 1.0, 1e-5, 256, 256, None, "lars", 0.02), "swav": (2, "simclr", 0.6, 1e-6, 256, 128, 0.1, "lars", 0.02),
+                    "ressl": (2, "ressl", 0.05, 1e-4, 256, 256, 0.1, "sgd", 0.0), "single": (1, "single", 1.0, 1e-4, 512, 2048, 0.2, "sgd", 0.0)}
+    swav, ressl = SwAV(2, 0.1), ReSSL(nn.Identity(), 2, 0.1)
+    assert swav.prototypes.shape == (3000, 2) and swav.queue.shape == (2, 3840, 2)
+    assert ressl.queue.shape == (4096, 2) and (ressl.sharp, ressl.momentum) == (0.04, 0.99)
+    colours = lambda a: (a.brightness, a.contrast, a.saturation, a.hue, a.grey, a.blur, a.solarize)
+    views = lambda name: baselines.views(config(name, crops="published"), 32, 32)
+    assert colours(views("simclr")) == (0.8, 0.8, 0.8, 0.2, 0.2, 0.5, 0.0) and colours(views("vicreg")) == (0.4, 0.4, 0.2, 0.1, 0.2, 0.0, 0.1)
+    assert [colours(a) for a in views("byol")] == [(0.4, 0.4, 0.2, 0.1, 0.2, 0.0, 0.0), (0.4, 0.4, 0.2, 0.1, 0.2, 0.0, 0.2)]
+    assert colours(views("ressl")[0]) == (0.4, 0.4, 0.2, 0.1, 0.2, 0.5, 0.0) and colours(views("single")) == (0.4, 0.4, 0.4, 0.1, 0.2, 0.0, 0.0)
+    assert [views(name).area for name in ("simclr", "vicreg", "single")] == [(0.08, 1.0), (0.2, 1.0), (0.2, 1.0)]
     assert baselines.Config().cutmix == baselines.Config().bank_momentum == 0.5
     assert (baselines.Config().distillation, baselines.Config().others) == (20, 10_000)
 
@@ -416,6 +481,19 @@ def test_noise_is_there_in_training_alone():
     encoder.train()(x)
     encoder.eval()(x)
     assert torch.cat(seen[:2]).std().item() == pytest.approx(0.5, rel=0.05) and len(seen) == 3 and (seen[2] == 0).all()
+
+
+def test_noise_alone_tells_two_views_apart_and_changes():
+    encoder, objective, _ = baselines.method(config("simclr", augmentation="noise", noise=0.5), io.load_dataset("shapes", subset=64))
+    seen = []
+    encoder.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 16, 16)              # what was cut: 32 images, 2 crops each
+    encoder.train()(x)
+    objective.calls += 1
+    encoder(x)
+    noise = [view - x[:32] for view in seen]                                    # of the first crop, in both views
+    assert len(noise) == 4 and all(n.std().item() == pytest.approx(0.5, rel=0.05) for n in noise)
+    assert all((a - b).std() > 0.6 for i, a in enumerate(noise) for b in noise[:i])
 
 
 # ---- whole methods ----
@@ -469,6 +547,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(arguments, in_tmp, short_runs
 @pytest.mark.parametrize("arguments,sentence", [
     (["--method", "byol", "--patches", "4"], "sees 2 views"),
     (["--method", "single", "--augmentation", "ressl"], "sees one"),
+    (["--method", "byol", "--augmentation", "light", "--crops", "published"], "leave it or --crops published out"),
+    (["--method", "byol", "--augmentation", "noise"], "are SimCLR's"),
+    (["--method", "swav", "--negatives", "2"], "are SimCLR's"),
     (["--warm-last-stage", "nothing.pt"], "There is no checkpoint nothing.pt"),
     (["--method", "empssl", "--patches", "1"], "at least 2"),
 ], ids=lambda a: a[0] if isinstance(a, list) else "")
@@ -485,8 +566,8 @@ def test_a_last_stage_is_added_and_what_is_below_it_stays(in_tmp, short_runs, ca
     baselines.main([*run, "--warm-last-stage", "runs/short/encoder.pt", "--name", "warm"])
     short, warm = (torch.load(f"runs/{name}/encoder.pt", weights_only=True) for name in ("short", "warm"))
     assert short["weights"]["represent.0.weight"].shape == (16, 128) and warm["weights"]["represent.0.weight"].shape == (16, 384)
-    below = [k for k in short["weights"] if k.startswith("backbone.") and "running" not in k and "batches" not in k]
-    assert len(below) == 9 and all(torch.equal(short["weights"][k], warm["weights"][k]) for k in below)
+    below = [k for k in short["weights"] if k.startswith("backbone.") and "batches" not in k]
+    assert len(below) == 15 and all(torch.equal(short["weights"][k], warm["weights"][k]) for k in below)
     with pytest.raises(SystemExit) as stop:
         baselines.main([*run, "--warm-last-stage", "runs/warm/encoder.pt", "--name", "again"])
     assert stop.value.code == 2 and "is no encoder of --drop-last-stage" in capsys.readouterr().err

@@ -115,6 +115,59 @@ def test_what_is_run_anew_resumed_and_left_alone(begun, recorded, results, in_tm
     assert ran == expected[begun, recorded]
 
 
+def peer(results, name, seed=0, **metrics):
+    metrics = {"linear_top1": 0.5, "representation_top1": 0.4, "knn_top1": 0.3, "train_seconds": 100.0, "patches_seen": 6000} | metrics
+    record = {"seed": seed, "epochs": metrics.pop("epochs", 1), "patches": 2, "batch": 100}
+    (results / "peers").mkdir(parents=True, exist_ok=True)
+    (results / "peers" / f"{name}-seed{seed}.json").write_text(json.dumps(record | {"metrics": metrics}))
+
+
+def test_peers_at_equal_seconds_are_runs_of_those_seconds(results):
+    """Of each seed the run of several epochs, or the one epoch that takes as long; where neither does, the cells are empty."""
+    for seed, accuracy in ((0, 0.60), (1, 0.62)):
+        peer(results, "empssl-1-epoch", seed, linear_top1=accuracy)
+        peer(results, "byol-1-epoch", seed, train_seconds=20.0, linear_top1=0.1)
+        peer(results, "byol-equal-seconds", seed, train_seconds=90.0, epochs=4 + seed, linear_top1=0.2 + accuracy / 10)
+    peer(results, "single-1-epoch", train_seconds=20.0)
+    peer(results, "empssl-upsampled-1-epoch", train_seconds=400.0)
+    rows = {row.split(" | ")[0]: row for row in report.peers_table().splitlines()}
+    assert rows["| empssl"].startswith("| empssl | 2 | 0.610 ± 0.010 | 0.400 ± 0.000 | 0.300 ± 0.000 | 6,000 | 30 | 100 | 1 | 0.610 ± 0.010 |")
+    assert rows["| byol"].startswith("| byol | 2 | 0.100 ± 0.000 |") and "| 20 | 4 or 5 | 0.261 ± 0.001 |" in rows["| byol"]
+    assert "| 20 | | | | | |" in rows["| single"] and "| 400 | | | | | |" in rows["| empssl-upsampled"]
+    assert len({row.count("|") for row in rows.values()}) == 1
+
+
+def test_a_run_on_fewer_images_is_probed_on_all(results):
+    peer(results, "empssl-1-epoch"), peer(results, "empssl-of-100-trained", train_seconds=90.0, linear_top1=0.1)
+    path = results / "peers" / "empssl-of-100-1-epoch-seed0.json"
+    path.write_text(json.dumps({"seed": 0, "epochs": 1, "metrics": {"linear_top1": 0.7, "representation_top1": 0.6, "knn_top1": 0.5}}))
+    row = report.peers_table().splitlines()[-1]
+    assert row.startswith("| empssl-of-100 | 1 | 0.700 | 0.600 | 0.500 | 6,000 | 30 | 90 | 1 | 0.700 |")
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_every_recipe_of_the_peers_is_one_that_the_programs_take(gpu, results, in_tmp, monkeypatch):
+    """And each is started once at one epoch and, where more epochs fit EMP-SSL's seconds, once more."""
+    monkeypatch.setattr(evidence, "GPU", gpu)
+    ran = []
+
+    def start(run):
+        ran.append(run)
+        two_views = "--method" in run.flags
+        peer(results, run.name.rsplit("-seed", 1)[0], int(run.name[-1]), train_seconds=25.0 if two_views else 100.0)
+        if not run.after:
+            c = evidence.settled(run.flags.split())
+            if two_views:
+                evidence.baselines.views(c, 32, 32)
+            io.check_sizes(dataclasses.replace(c, patch_size=c.patch_size or 32), 15_000, 32, 32)
+    evidence.peers(3, start)
+    names = [run.name for run in ran]
+    assert len(names) == len(set(names)) and len([n for n in names if "-1-epoch-" in n]) == 3 * len(evidence.METHODS) + len(evidence.PEERS_ABLATIONS)
+    assert sum("equal-seconds" in n for n in names) == sum("--method" in run.flags for run in ran if "-1-epoch-" in run.name)
+    assert all("--epochs 4" in run.flags for run in ran if "equal-seconds" in run.name)
+    assert [run.name for run in ran if run.after] == [f"empssl-{n}-1-epoch-seed0" for n in ("60-patches-of-5000", "200-patches-of-1500")]
+
+
 def test_without_records_of_peers_nothing_is_drawn(results, capsys):
     report.main(["--peers"])
     assert "nothing drawn" in capsys.readouterr().out and not results.exists()
