@@ -5,9 +5,9 @@ Cut many patches from each image, pull the patches of an image together, keep th
     maximise  R + lambda * D      R = mean_i 1/2 log det(I + d/(b eps2) Z_i^T Z_i)    Total Coding Rate
                                   D = mean_ij cos(z_ij, mean_i z_ij)                  invariance
 
-Letters used throughout: n patches an image, b images a batch, d embedding width, N images in a data set, s side of a
-patch in pixels, K numbers that describe a patch. Embeddings are z (n, b, d): patch-major, so z[i] is the i-th patch of
-every image, and row i*b + j of anything flattened is patch i of image j.
+Letters used throughout: n patches an image, b images a batch, d embedding width, N images in a data set, s side of a patch in
+pixels, P patches in one forward, K numbers that describe a patch. Embeddings are z (n, b, d): patch-major, so z[i] is the
+i-th patch of every image, and row i*b + j of anything flattened is patch i of image j.
 
     python empssl.py --dataset cifar10 --epochs 10
 """
@@ -56,9 +56,9 @@ class Config(io.RunConfig):
     projector: int = flag(None, "width between the representation and the embedding")
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
+    eval_augmentation: str = flag(None, "how those are drawn: as in training, crops alone on an even grid, or the whole image "
+                                  "and what the encoder sees in its parts", choices=("train", "grid", "maps"))
     probe_epochs: str = flag(None, "probe after these epochs too, as 1,10; the time it takes is not training's")
-    eval_augmentation: str = flag(None, "of those: as in training, crops alone on an even grid, or the whole image and "
-                                  "what the encoder sees in its parts", choices=("train", "grid", "maps"))
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
     precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
     compile: bool = flag(None, "torch.compile the encoder")
@@ -111,7 +111,7 @@ def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augment
     """For training and for evaluation. "light" suits small encoders: less colour, no blur, no solarizing."""
     light = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0) if config.augmentation == "light" else {}
     train = Augmentation(ratio=(1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3), **light)
-    return train, {"train": train, "maps": Augmentation.none(area=(1.0, 1.0))}.get(config.eval_augmentation)
+    return train, {"train": train, "grid": None, "maps": Augmentation.none(area=(1.0, 1.0)), None: None}[config.eval_augmentation]
 
 
 COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
@@ -126,13 +126,13 @@ def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Au
 
     Crops are whole pixels, sized as torchvision's RandomResizedCrop sizes them, but one that does not fit is cut to
     the image where torchvision draws again. Factors that do not act are neutral: 1 for brightness, contrast, saturation; 0
-    for the rest. A list holds one augmentation for each patch.
+    for the rest. A list holds one augmentation for each patch, n in all.
     """
     if isinstance(augmentation, list):
         return torch.cat([sample_patches(b, 1, image_size, one, generator) for one in augmentation])
     (H, W), a = image_size, augmentation
     if not (0 < a.area[0] <= a.area[1] <= 1 and 0 < a.ratio[0] <= a.ratio[1]):
-        raise UsageError(f"a crop of area {a.area} and ratio {a.ratio} does not fit: the area must lie in (0, 1].")
+        raise UsageError(f"a crop of area {a.area} and ratio {a.ratio} does not fit: both must rise, the area within (0, 1].")
     u = iter(torch.rand(16, n, b, generator=generator))             # one uniform (n, b) for each choice below
     between = lambda lo, hi: lo + (hi - lo) * next(u)
     happens = lambda probability: next(u) < probability
@@ -161,7 +161,7 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     k = math.isqrt(n)
     if k * k != n:
         raise UsageError(f"--eval-patches {n} makes no even grid; give a square such as 1, 4, 9 or 16.")
-    params = sample_patches(b, n, image_size, Augmentation.none())                  # (n, b, K)
+    params = sample_patches(b, n, image_size, Augmentation.none(), generator(0, "grid", 0))         # (n, b, K)
     even = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
     down, across = even.repeat_interleave(k).view(-1, 1), even.repeat(k).view(-1, 1)            # (n, 1)
     params[..., 0] = (down * (image_size[0] - params[..., 2])).round()
@@ -280,7 +280,7 @@ def blur_weights(sigma: Tensor, s: int, radius: int = 6) -> Tensor:
 class Encoder(nn.Module):
     """Patches `(P, 3, s, s)` in [-1, 1] to unit embeddings `(P, d)`; `representation(x)` `(P, hidden)` is probed.
 
-    backbone: "resnet18", torchvision's, with the CIFAR stem up to 64 pixels; or "small", for CPUs.
+    backbone: "resnet18", torchvision's, with the CIFAR stem up to 64 pixels; or "small", for CPUs; else `ValueError`.
     """
 
     def __init__(self, backbone: str = "resnet18", patch_size: int = 32, hidden: int = 4096, projector: int = 4096,
@@ -309,13 +309,13 @@ class Encoder(nn.Module):
         return self.represent(self.backbone(x))                     # (P, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.project(self.representation(x)), dim=-1)            # (P, d), unit rows
+        return F.normalize(self.project(self.representation(x)).float(), dim=-1)    # (P, d), unit rows
 
     def maps(self, x: Tensor) -> Tensor:
-        """What a linear probe can use of whole images `(b, 3, 2s, 2s)`, four patches each: `(b, 8 * width + hidden)`.
+        """What a linear probe can use of whole images `(b, 3, 2s, 2s)`: `(b, 8 * width + hidden)`.
 
-        The last stage's map in `regions`, and the representation's mean over the 3 x 3 patches that begin on every half of a patch.
-        """
+        The last stage's map in `regions`, and the representation's mean over patches that begin on every half of a patch, nine as
+        a rule; unlike patches encoded apart they see across their borders."""
         *stages, _, _ = self.backbone.children()                    # the two are the mean over places and its shape
         for stage in stages:
             x = stage(x)                                            # at last (b, width, k, k)
@@ -344,7 +344,7 @@ def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
 
 
 class Pointwise(nn.Linear):
-    """A 1x1 convolution as one product of matrices, whose gradient a CPU has sooner."""
+    """A 1x1 convolution as one product of matrices, whose backward pass is faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -410,7 +410,7 @@ def logdet_spd_ref(A: Tensor) -> tuple[Tensor, Tensor]:
     bad = (failed != 0).view(-1, 1, 1)
     L = torch.where(bad, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), L)             # invertible, then NaN
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    bad = bad | ~logdet.isfinite().view(-1, 1, 1)
+    bad |= ~logdet.isfinite().view(-1, 1, 1)
     return logdet.masked_fill(bad.flatten(), math.nan), torch.cholesky_inverse(L.detach()).masked_fill(bad, math.nan)
 
 
@@ -418,10 +418,8 @@ ops.use_references(extract_patches_ref, logdet_spd_ref)
 
 
 def invariance(z: Tensor) -> Tensor:
-    """`D`, in [-1, 1]: mean cosine between each embedding and its image's mean embedding, of `z (n, b, d)`, unit rows.
-
-    The mean is part of the graph; there is no stop-gradient.
-    """
+    """`D`: mean cosine between each embedding and its image's mean embedding, of `z (n, b, d)`. In [0, 1] where rows are unit:
+    the length of their mean. The mean is part of the graph; there is no stop-gradient."""
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         return F.cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean()
@@ -438,8 +436,8 @@ class LARS(torch.optim.Optimizer):
     """SGD with Nesterov momentum on gradients that LARS has scaled, as the official code does it.
 
     Tensors with ndim != 1: `trust = eta |p| / (|g| + wd |p| + 1e-8)`, `g <- (g + wd p) min(trust / lr, 1)`, untouched
-    where |p| or |g| is 0. Tensors with ndim 1 (biases, BatchNorm): plain SGD, no decay. With the clip the learning
-    rate is a cap: a tensor moves by `trust` as long as that is below `lr`.
+    where |p| or |g| is 0. Tensors with ndim 1 (biases, BatchNorm): plain SGD, no decay. With the clip a tensor's rate is
+    min(trust, lr): where trust is the smaller, a step's length is about eta |p|, whatever |g|, and lr only a cap.
     """
 
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 1e-4, eta: float = 0.005):
@@ -457,7 +455,7 @@ class LARS(torch.optim.Optimizer):
                 if p.ndim != 1:
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / (g_norm + decay * p_norm + 1e-8)
-                    scaled = (g + decay * p) * (trust / lr).clamp(max=1) if lr > 0 else g
+                    scaled = (g + decay * p) * (trust / lr).clamp(max=1)
                     g = torch.where((p_norm > 0) & (g_norm > 0), scaled, g)
                 state = self.state[p]
                 if "momentum_buffer" not in state:
@@ -487,7 +485,7 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
 
     An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the latter with
     what `after_epoch(epoch)` returned. Checkpoints go to `folder`, and training goes on from the one that it holds. Under
-    torchrun each of W processes cuts and encodes b/W of a batch's images, and the loss is of all b. `objective(z, x, index)`
+    torchrun each process cuts and encodes its share of a batch's images, and the loss is of all b. `objective(z, x, index)`
     stands in for EMP-SSL's loss; its parameters are trained and all its state is saved (baselines.py).
     Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where b > N,
     `FloatingPointError`, before anything is saved, where loss or weights are not finite, `io.Stopped` after a signal.
@@ -519,9 +517,9 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
             index = order[i * b:][:b]
             params = sample_patches(b, n, images.shape[2:], augmentation, generator(config.seed, "patches", t))
             s = io.side_at(config, t / T)
-            x = cut(images, index[ours], params[:, ours], s, device)                        # (n*b/W, 3, s, s)
+            x = cut(images, index[ours], params[:, ours], s, device, config.precision)      # (n * share, 3, s, s)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                z = forward(x).unflatten(0, (n, -1))                                        # (n, b/W, d)
+                z = forward(x).unflatten(0, (n, -1))                                        # (n, share, d)
             z = io.gather_images(z)                                                         # (n, b, d)
             loss = objective(z, x, index) if objective else empssl_loss(z, config.lam, config.eps2)
             optimizer.param_groups[0]["lr"] = cosine(config.lr, t, T)
@@ -532,7 +530,7 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
             bar.update()
 
             epoch_ends = i + 1 == steps
-            signal, due = folder.asked() if folder else (0, False)
+            signal, due = folder.asked() if folder and not epoch_ends else (0, False)
             saving = due or signal or epoch_ends
             if (t + 1) % 10 == 0 or t + 1 == first + 10 or saving:
                 io.check_finite(bad_step, parameters if saving else [], t, T)
@@ -550,6 +548,7 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
                 seconds = now
                 io.agree_on_buffers(encoder)
                 log({"step": t + 1, "epoch": epoch + 1, "train_seconds": seconds} | after_epoch(epoch))
+                signal = folder.asked()[0] if folder else 0
                 clock = time.perf_counter()
             if folder and saving:
                 folder.save({"step": t + 1, "seconds": seconds + time.perf_counter() - clock, "record": record,
@@ -560,12 +559,12 @@ def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmen
     return {"R": record["R"], "D": record["D"], "train_seconds": seconds, "patches_seen": T * n * b}
 
 
-def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.device) -> Tensor:
-    """`extract_patches` on `device`, wherever the data set is: a batch is gathered first if that is not the device."""
+def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.device, precision: str = "float32") -> Tensor:
+    """`extract_patches` on `device`, wherever the data set is: if elsewhere, a batch is gathered first. A GPU is not waited for."""
     if images.device.type != device.type:
         images, index = images[index], torch.arange(len(index))
-        images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-    return extract_patches(images, index.to(images.device), params, s)
+    send = lambda x: (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
+    return extract_patches(send(images), send(index), send(params), s, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 # ---- Evaluation (paper section 4): bag of patches, linear probe, weighted kNN ---------------------------------------
@@ -576,19 +575,19 @@ def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Aug
     """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
 
     The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by default crops
-    alone on an even grid. `maps`: patches are of twice the side, and seen by `Encoder.maps`. On the encoder's device.
-    """
+    alone on an even grid. `maps`: the whole image at twice a patch's side, seen by `Encoder.maps`; give `patches=1`.
+    Raises `UsageError` where `patches` makes no even grid."""
     encoder.eval()
     device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
-    look, s = (encoder.maps, 2 * s) if maps else (encoder.representation, s)
+    look, s, none = (encoder.maps, 2 * s, Augmentation.none(area=(1.0, 1.0))) if maps else (encoder.representation, s, None)
     b = max(1, min(len(images), 2 ** 19 // (patches * s * s)))      # images at once: half a million pixels of patches
     features = torch.zeros(len(images), look(torch.zeros(1, 3, s, s, device=device)).shape[1], device=device)
     starts = range(0, len(images), b)[io.rank()::io.processes()]    # under torchrun each process embeds its share
     for start in io.progress(starts, desc="embedding", unit="batch", leave=False):
         index = torch.arange(start, min(start + b, len(images)))
-        params = (sample_patches(len(index), patches, images.shape[2:], augmentation, generator(seed, "embed", start))
-                  if augmentation else grid_patches(len(index), patches, images.shape[2:]))
-        x = cut(images, index, params, s, device)
+        params = (sample_patches(len(index), patches, images.shape[2:], augmentation or none, generator(seed, "embed", start))
+                  if augmentation or none else grid_patches(len(index), patches, images.shape[2:]))
+        x = cut(images, index, params, s, device, precision)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = look(x)
         features[start:start + b] = h.float().view(patches, len(index), -1).mean(0)
@@ -611,7 +610,7 @@ def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = nn.Linear(hidden, int(max(y.max(), test_labels.max())) + 1).to(device)
-    weight, bias = layer.weight[:, ours].clone(), layer.bias                    # (classes, hidden / W), (classes,)
+    weight, bias = layer.weight[:, ours].clone(), layer.bias                    # (classes, share), (classes,)
     logits = lambda x: io.sum_over_processes(F.linear(x, weight)) + bias        # (batch, classes)
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
     target = F.one_hot(y, layer.out_features).to(weight)
@@ -632,7 +631,7 @@ def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Te
 @torch.no_grad()
 def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20,
               temperature: float = 0.07) -> float:
-    """Top-1 test accuracy, in [0, 1], of the k nearest training features by cosine, votes weighted exp(cos / T)."""
+    """Top-1 test accuracy, in [0, 1], of the k nearest training features by cosine, votes weighted exp(cos / temperature)."""
     bank, y = F.normalize(train_features, dim=1), train_labels.to(train_features.device)
     hits = torch.zeros((), device=y.device)
     blocks = list(zip(F.normalize(test_features, dim=1).split(1000), test_labels.to(y.device).split(1000)))
@@ -651,11 +650,11 @@ def probe(seen: list[Tensor], data: io.Dataset, config: Config, augmentation: Au
     h, (top1, top5) = [x[:, -config.hidden:] for x in seen], linear(*seen)
     images = data.train_images, data.test_images
     untrained = new_encoder(config, data.train_images)
-    start = lambda: linear(*features(settled(untrained, data.train_images, config, augmentation), data, config, augmentation))[0]
     return {"linear_top1": top1, "linear_top5": top5, "representation_top1": top1 if h[0].shape == seen[0].shape else linear(*h)[0],
             "knn_top1": knn_probe(h[0], data.train_labels, h[1], data.test_labels),
             "raw_pixels_top1": io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, images))[0]),
-            "untrained_top1": io.remembered(io.baselines_key(data, config, untrained, augmentation), start)}
+            "untrained_top1": io.remembered(io.baselines_key(data, config, untrained, augmentation), lambda: linear(*features(
+                settled(untrained, data.train_images, config, augmentation), data, config, augmentation))[0])}
 
 
 def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
@@ -681,17 +680,19 @@ def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation
         return {}
     rows = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))[:6 * queries]
     images, y = data.train_images[rows.to(data.train_images.device)], data.train_labels[rows]
-    h = embed(encoder, images, min(4, config.eval_patches), augmentation, config.seed, config.precision)
+    h = embed(encoder, images, min(4, config.eval_patches), augmentation, config.seed, config.precision,
+              config.eval_augmentation == "maps")[:, -config.hidden:]
     return {"holdout_knn_top1": knn_probe(h[queries:], y[queries:], h[:queries], y[:queries])}
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
-    torch.manual_seed(config.seed)
-    encoder = kind(config.backbone, config.patch_size, config.hidden, config.projector, config.dim, config.drop_last_stage)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = kind(config.backbone, config.patch_size, config.hidden, config.projector, config.dim, config.drop_last_stage)
     if config.backbone == "small":
-        some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:2 ** 21 // images[0, 0].numel()]
+        some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:max(1, 2 ** 21 // images[0, 0].numel())]
         whiten(encoder.backbone[0], images[some.to(images.device)].cpu(), generator(config.seed, "mixtures", 0))
     return encoder.to(config.device, memory_format=torch.channels_last)
 
@@ -704,7 +705,7 @@ def method(config: Config, data: io.Dataset) -> tuple[Encoder, nn.Module | None,
 
 
 def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
-    """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record."""
+    """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record, empty where nothing was trained or probed."""
     config = io.settings(config, presets)
     if config.ops:
         print(*ops.describe(torch.device(config.device), config.patch_size or 32, min(config.batch, config.dim)), sep="\n")
@@ -745,8 +746,7 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
     started = time.perf_counter()
     h = features(encoder, data, config, at_eval)
     io.save_results(folder, h, data, config.export_features)
-    if data.test_labels is not None:
-        record |= probe(h, data, config, at_eval)
+    record |= probe(h, data, config, at_eval) if data.test_labels is not None else {}
     return folder.finish(record, time.perf_counter() - started)
 
 

@@ -1118,7 +1118,9 @@ def mistakes_in_one_sentence():
     except FloatingPointError as error:
         stop(f"error: {error}", 1, once=True)
     except torch.OutOfMemoryError:
-        stop("error: The GPU is out of memory; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
+        held = (f" ({torch.cuda.max_memory_allocated() / 2 ** 30:.1f} of its {torch.cuda.mem_get_info()[1] / 2 ** 30:.1f} GiB held this run, "
+                f"and it asked for more)" if torch.cuda.is_available() else "")
+        stop(f"error: The GPU is out of memory{held}; lower --batch, --patches or --patch-size, or give --precision bf16.", 2)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"error: The disk is full ({error.filename or 'while writing'}); what was written before is kept.", 2)

@@ -13,6 +13,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -137,8 +138,16 @@ def memory_table() -> str:
                      else "not measured")
             rows.append(f"| {r['preset']} | {r['batch']} | {r['patches']} | {r['patch_size']}x{r['patch_size']} | "
                         f"{r['device']}, {r['precision']} | {memory(m)} | {saved} |")
-    return "\n".join(rows + [f"| {preset} | | | | GPU | not measured | not measured |" for preset in empssl.PRESETS
-                             if not any(r["preset"] == preset and r["device"].startswith("cuda") for r in records)])
+    rows += [f"| {preset} | | | | GPU | not measured | not measured |" for preset in empssl.PRESETS
+             if not any(r["preset"] == preset and r["device"].startswith("cuda") for r in records)]
+    for precision in ("bf16", "float32"):                           # of benchmarks/speed.py: 20,000 patches in one forward
+        path, said = RESULTS / "speed" / f"memory-{precision}.json", "not measured"
+        if path.exists():
+            r = json.loads(path.read_text())
+            held = "does not fit" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2 ** 30:.1f} GiB of the GPU, two steps"
+            said = f"{held} ({r['device_bytes'] / 2 ** 30:.0f} GiB, {r['hardware']})"
+        rows.append(f"| paper | 100 | 200 | 32x32 | GPU, {precision} | {said} | |")
+    return "\n".join(rows)
 
 
 def ops_table() -> str:
@@ -287,27 +296,30 @@ def profile_table() -> str:
 
 
 def speed_table() -> str:
-    """The official way, `paper` and `fast`, of benchmarks/speed.py; "not measured" until it has run on a GPU."""
+    """The ways of benchmarks/speed.py; "not measured" until it has run on a GPU. Seconds to an accuracy are of whichever schedule
+    gets there sooner."""
     folder, parts = RESULTS / "speed", ("sampling", "patches", "forward", "loss", "backward", "optimizer")
-    ways = {way: json.loads((folder / f"{way}.json").read_text()) for way in ("official", "paper", "fast") if (folder / f"{way}.json").exists()}
-    runs = {(preset, epochs): [json.loads(p.read_text()) for p in sorted(folder.glob(f"{preset}-{epochs}-epochs-seed*.json"))]
-            for preset in ("paper", "fast") for epochs in (1, 10)}
+    names = ("official", "paper", "paper-bf16", "fast")
+    ways = {way: json.loads((folder / f"{way}.json").read_text()) for way in names if (folder / f"{way}.json").exists()}
+    runs = {(way, epochs): [json.loads(p.read_text()) for p in sorted(folder.glob(f"{way}-{epochs}-epochs-seed*.json"))]
+            for way in names for epochs in (1, 10)}
     rows = [f"| way | patches/s | {' | '.join(f'{part}: ms (over its floor)' for part in parts)} | no kernel runs | linear after 1 / 10 epochs | seconds to 80 / 85 / 90 % | hardware |",
             "|---|---|" + "---|" * (len(parts) + 4)]
-    for way in ("official", "paper", "fast"):
+    for way in names:
         if way not in ways:
             rows.append(f"| {way} | not measured |" + " |" * (len(parts) + 4))
             continue
-        r, preset = ways[way], "fast" if way == "fast" else "paper"
+        r, trained = ways[way], "paper-bf16" if way == "official" else way
         found = {p["part"]: f"{p['seconds'] * 1e3:.2f}" + (f" ({p['seconds'] / p['floor']:.1f}x)" if "floor" in p else "") for p in r["parts"]}
-        linear = " / ".join(spread(runs[preset, epochs], "linear_top1") if runs[preset, epochs] else "not measured" for epochs in (1, 10))
-        as_trained = runs[preset, 10]
+        schedules = [runs[trained, epochs] for epochs in (1, 10)]
+        linear = " / ".join(spread(records, "linear_top1") if records else "not measured" for records in schedules)
         if way == "official":                                       # sees what paper sees, at its own pace
             pace = lambda m, run, epoch: m | {"train_seconds": epoch * run["images"] * run["patches"] / r["patches_per_second"]}
-            as_trained = [run | {"seen": [pace(m, run, m["epoch"]) for m in run.get("seen", [])], "metrics": pace(run["metrics"], run, run["epochs"])}
-                          for run in as_trained]
+            schedules = [[run | {"seen": [pace(m, run, m["epoch"]) for m in run.get("seen", [])], "metrics": pace(run["metrics"], run, run["epochs"])}
+                          for run in records] for records in schedules]
         idle = "" if r.get("idle") is None else f"{r['idle']:.0%}"
-        seconds = " / ".join(time_to(as_trained, goal) for goal in (0.80, 0.85, 0.90)) if as_trained else "not measured"
+        sooner = lambda goal: min((time_to(records, goal) for records in schedules if records), key=lambda t: math.inf if t == "-" else float(t[:-2]))
+        seconds = " / ".join(sooner(goal) for goal in (0.80, 0.85, 0.90)) if any(schedules) else "not measured"
         rows.append(f"| {way} | {r['patches_per_second']:,.0f} | {' | '.join(found.get(part, '') for part in parts)} | {idle} | {linear} | {seconds} | "
                     f"{r['hardware']} |")
     return "\n".join(rows)

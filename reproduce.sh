@@ -12,7 +12,7 @@
 #                              (--search: the tries for preset fast; --rehearse: small, and on a CPU)
 # bash reproduce.sh figures    README's tables and pictures anew, from results/
 # bash reproduce.sh all        all of these, one after the other
-# bash reproduce.sh gpu      on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark
+# bash reproduce.sh gpu        on a machine with a GPU: the ops' and a training step's tests, compute-sanitizer, the ops' benchmark, a step's parts
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
 # else .venv is made here, on top of that Python's torch and torchvision if it has them.
 set -euo pipefail
@@ -26,7 +26,10 @@ setup() {                                           # setup EXTRAS MODULE...: le
     shift
     PY=.venv/bin/python
     [ -x "$PY" ] || PY=$(command -v "${PYTHON:-python3}") || { echo "error: there is no python3; install Python 3.10 or newer." >&2; exit 2; }
-    has torch torchvision tqdm "$@" && return
+    if has torch torchvision tqdm "$@"; then            # the compiled ops too, where they are missing and can be built
+        has _empssl || ! has pybind11 ninja setuptools || "$PY" setup.py --quiet build_ext --inplace
+        return
+    fi
     if [ "$PY" != .venv/bin/python ]; then
         has torch torchvision && site=--system-site-packages
         echo "making .venv with what is missing"
@@ -92,9 +95,11 @@ gpu)
     "$PY" setup.py --quiet build_ext --inplace
     "$PY" -m pytest tests/test_ops.py
     for tool in memcheck racecheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 1 "$PY" -m pytest tests/test_ops.py -k "cuda and (papers or alone or sizes)"
+        compute-sanitizer --tool "$tool" --kernel-regex 'kns=(extract_patches|logdet_spd)_kernel' --report-api-errors no --error-exitcode 1 \
+            "$PY" -m pytest tests/test_ops.py -k "cuda and (papers or alone or sizes)"
     done
     "$PY" benchmarks/ops.py --device cuda
+    for preset in paper fast; do "$PY" benchmarks/step.py --preset "$preset"; done
     "$PY" report.py --readme
     ;;
 *)

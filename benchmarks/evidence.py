@@ -117,10 +117,25 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
 }
 
 
+def peers_bench() -> str:
+    return ("--dataset cifar10 --preset paper" if GPU else
+            "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000")
+
+
+def announce_peers(seeds: int, here: Path) -> None:
+    config = settled([*peers_bench().split(), *METHODS["empssl"].split()])
+    config.patch_size = config.patch_size or 32
+    an_epoch = (config.subset or 50_000) * config.patches / patches_per_second(config)
+    names = [f"{name}-1-epoch-seed{seed}" for seed in range(seeds) for name in METHODS] + [f"{name}-1-epoch-seed0" for name in PEERS_ABLATIONS]
+    left = [name for name in names if not (here / f"{name}.json").exists()]
+    print(f"peers: {len(METHODS)} methods of {seeds} seeds and {len(PEERS_ABLATIONS)} ablations, each for one epoch and, where that is shorter, "
+          f"for the {io.human_time(an_epoch)} of EMP-SSL's; {len(left)} of {len(names)} to come, about "
+          f"{io.human_time(1.1 * an_epoch * len(left))} of training on {io.describe_device('cuda' if GPU else 'cpu')}, and probing", flush=True)
+
+
 def peers(seeds: int, start) -> None:
     """One epoch of each, then as many as fit into the seconds of EMP-SSL's one, by the records of both."""
-    bench = ("--dataset cifar10 --preset paper" if GPU else
-             "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000")
+    bench = peers_bench()
     ours = "paper" if GPU else "light"
     seconds = lambda name: json.loads((report.RESULTS / "peers" / f"{name}.json").read_text())["metrics"]["train_seconds"]
     for name, flags, seed in ([(name, flags, seed) for seed in range(seeds) for name, flags in METHODS.items()]
@@ -180,6 +195,37 @@ def estimate(runs: list[Run], subset: int | None) -> float:
     return total
 
 
+def arguments_of(run: Run, results: str, subset: int | None = None) -> list[str]:
+    after = ["--checkpoint", str(folder_of(run.after, results) / "encoder.pt")] if run.after else []
+    return run.flags.split() + (["--subset", str(subset)] if subset else []) + after
+
+
+def folder_of(name: str, results: str) -> Path:
+    return io.RUNS / f"{results.replace('/', '-')}-{name}"
+
+
+def done(run: Run, results: str, subset: int | None = None) -> bool:
+    path = report.RESULTS / results / f"{run.name}.json"
+    return path.exists() and (bool(run.after) or same_recipe(path, arguments_of(run, results, subset)))
+
+
+def start(run: Run, results: str, subset: int | None = None) -> None:
+    """Train and probe, from where it was cut off, unless its record is there; keep the record in results/<results>/."""
+    if done(run, results, subset):
+        print(f"{run.name} has its record")
+        return
+    folder, arguments = folder_of(run.name, results), arguments_of(run, results, subset)
+    program = ["baselines.py"] if "--method" in arguments else ["empssl.py"]
+    begun = (folder / "config.json").exists()
+    half_way = begun and same_recipe(folder / "config.json", arguments)
+    command = program + (["--resume", str(folder)] if half_way else [*arguments, "--name", folder.name, *["--force"] * begun])
+    print("python", *command, flush=True)
+    ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
+    if ended.returncode:
+        sys.exit(ended.returncode)
+    report.keep_record(folder, results, run.name)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("cifar10", "cifar100", "tinyimagenet", "imagenet100", "transfer", "ablation", "peers"))
@@ -192,33 +238,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if bool(flags.source) != bool(flags.target):
         raise io.UsageError("--from and --to go together; give both folders.")
-    results = "rehearsal" if flags.subset else flags.command
-
-    def arguments_of(run: Run) -> list[str]:
-        after = ["--checkpoint", str(io.RUNS / f"{results}-{run.after}" / "encoder.pt")] if run.after else []
-        return run.flags.split() + (["--subset", str(flags.subset)] if flags.subset else []) + after
-
-    def done(run: Run) -> bool:
-        path = report.RESULTS / results / f"{run.name}.json"
-        return path.exists() and (bool(run.after) or same_recipe(path, arguments_of(run)))
-
-    def start(run: Run) -> None:
-        if done(run):
-            print(f"{run.name} has its record")
-            return
-        folder, arguments = io.RUNS / f"{results}-{run.name}", arguments_of(run)
-        program = ["baselines.py"] if "--method" in arguments else ["empssl.py"]
-        begun = (folder / "config.json").exists()
-        half_way = begun and same_recipe(folder / "config.json", arguments)
-        command = program + (["--resume", str(folder)] if half_way else [*arguments, "--name", folder.name, *["--force"] * begun])
-        print("python", *command, flush=True)
-        ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
-        if ended.returncode:
-            sys.exit(ended.returncode)
-        report.keep_record(folder, results, run.name)
-
+    where = ("rehearsal" if flags.subset else flags.command, flags.subset)
     if flags.command == "peers":
-        peers(flags.seeds, start)
+        announce_peers(flags.seeds, report.RESULTS / where[0])
+        peers(flags.seeds, lambda run: start(run, *where))
         report.main(["--peers"])
         return
     runs = {"cifar10": lambda: paper("cifar10"), "cifar100": lambda: paper("cifar100"),
@@ -226,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
             "transfer": lambda: transfer(flags), "ablation": ablation}[flags.command]()
     open_runs = [run._replace(name=f"{run.name}-seed{seed}", flags=f"{run.flags} --seed {seed}", after=run.after and f"{run.after}-seed{seed}")
                  for seed in range(flags.seeds) for run in runs]
-    open_runs = [run for run in open_runs if not done(run)]
+    open_runs = [run for run in open_runs if not done(run, *where)]
     seconds = estimate(open_runs, flags.subset)
     print(f"{flags.command}: {len(open_runs)} runs, about {io.human_time(seconds)} of training on {io.describe_device('cuda' if GPU else 'cpu')}, "
           f"and probing", *(f"  {run.name}" for run in open_runs), sep="\n")
@@ -234,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         raise io.UsageError(f"The paper's recipes would take about {seconds / 86400:.0f} days here; use a GPU, give --anyway, or rehearse "
                             f"with --subset 500 --seeds 1.")
     for run in open_runs:
-        start(run)
+        start(run, *where)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """The official way, preset `paper` and preset `fast`, side by side in one run: python benchmarks/speed.py [--rehearse] [--search]
 
-1. The official way is rebuilt (PIL patches in worker processes, float32, one d x d log-determinant a patch, the loss read at every
-   step) and its loss compared with ours. Then each way's patches/s, and where a step's time goes, with the floor of each part.
-2. `paper` and `fast` train for one epoch and for ten, probed after each; seconds to 80, 85 and 90 %. The official way sees the
-   patches that `paper` sees, so its seconds are those patches over its own patches/s.
+1. The official way is rebuilt (PIL patches in worker processes, float32, one d x d log-determinant a patch) and its loss compared
+   with ours. It gets our LARS and pinned batches, so it is a little faster here than as published. Then each way's patches/s,
+   and where a step's time goes, with the floor of each part: the official one and `paper` in float32, `paper` in bf16, `fast`.
+2. A step of 20,000 patches in one forward (200 an image), in bf16 and in float32: its memory, or that it does not fit.
+3. `paper`, in bf16, and `fast` train for one epoch and for ten, probed after each; seconds to 80, 85 and 90 %, compiling
+   included. The official way sees the patches that `paper` sees, so its seconds are those patches over its own patches/s.
 --search tries changes of `fast` on 45,000 training images, scored on the other 5,000: results/speed/tries/.
---rehearse runs all of it small, on a CPU too, to results/rehearsal/. What has a record is not run again.
+--rehearse runs all of it small, on a CPU too, to results/rehearsal/. What has a record of the same recipe on the same hardware is
+not run again, and a run that was cut off goes on.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,13 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import empssl               # noqa: E402
 import empssl_io as io      # noqa: E402
+import empssl_ops           # noqa: E402
 import evidence             # noqa: E402
 import laptop               # noqa: E402
 import ops                  # noqa: E402
 import report               # noqa: E402
 import step                 # noqa: E402
 
-WAYS = ("official", "paper", "fast")
+WAYS = {"official": "--preset paper --precision float32", "paper": "--preset paper --precision float32",
+        "paper-bf16": "--preset paper --precision auto", "fast": "--preset fast"}
 SMALL = "--subset 300 --patches 2 --batch 20 --eval-patches 1 --eval-augmentation grid --hidden 64 --projector 64 --dim 32"      # a rehearsal
 
 
@@ -82,14 +87,14 @@ class OfficialPatches(torch.utils.data.Dataset):
     """n patches of an image, by PIL."""
 
     def __init__(self, images: torch.Tensor, n: int, s: int):
-        self.images, self.n, self.s = images.permute(0, 2, 3, 1).numpy(), n, s
+        self.images, self.n, self.one_patch = images.permute(0, 2, 3, 1).numpy(), n, ops.official_pipeline(s)
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
         image = Image.fromarray(self.images[i])
-        return torch.stack([ops.official_pipeline(image, self.s) for _ in range(self.n)])           # (n, 3, s, s)
+        return torch.stack([self.one_patch(image) for _ in range(self.n)])           # (n, 3, s, s)
 
 
 def official_loss(z: torch.Tensor, lam: float, eps2: float) -> torch.Tensor:
@@ -109,6 +114,7 @@ def official(config: empssl.Config, images: torch.Tensor, warm: int, steps: int)
     encoder = empssl.new_encoder(config, images).to(memory_format=torch.contiguous_format).train()
     optimizer = empssl.new_optimizer(config, list(encoder.parameters()))
     workers = len(os.sched_getaffinity(0))
+    warm = max(warm, 4 * workers)                                   # until the workers' queues are not a head start
     loader = torch.utils.data.DataLoader(OfficialPatches(images, n, config.patch_size), b, shuffle=True, drop_last=True,
                                          num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=True)
     batches = itertools.chain.from_iterable(loader for _ in itertools.count())
@@ -123,7 +129,6 @@ def official(config: empssl.Config, images: torch.Tensor, warm: int, steps: int)
 
     def loss():
         state["loss"] = official_loss(state["z"], config.lam, config.eps2)
-        state["loss"].item()                                        # printed at every step there
 
     def backward():
         optimizer.zero_grad()
@@ -154,8 +159,8 @@ def ours(config: empssl.Config, images: torch.Tensor, warm: int, steps: int) -> 
             "parts": step.profile(config)}
 
 
-def idle(config: empssl.Config, images: torch.Tensor, steps: int = 20) -> float | None:
-    """Share of a training step in which no kernel runs; None on a CPU."""
+def idle(config: empssl.Config, images: torch.Tensor, steps: int = 100) -> float | None:
+    """Share of the time from the first kernel of a training to its last in which none runs; None on a CPU."""
     if not config.device.startswith("cuda"):
         return None
     encoder = empssl.new_encoder(config, images)
@@ -164,33 +169,65 @@ def idle(config: empssl.Config, images: torch.Tensor, steps: int = 20) -> float 
     run = lambda: empssl.train(encoder, images, dataclasses.replace(config, epochs=1), augmentation)
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        started = time.perf_counter()
         run()
         torch.cuda.synchronize()
-        wall = time.perf_counter() - started
-    return 1 - sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / wall
+    return idle_share([(e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA])
+
+
+def idle_share(spans: list[tuple[float, float]]) -> float:
+    """Share of the time between the first start and the last end that no span covers."""
+    assert spans, "the profiler saw no kernel: idle time cannot be said"
+    busy, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 1 - busy / (until - min(spans)[0])
 
 
 def measure(way: str, flags: str, warm: int, steps: int) -> dict:
-    preset = "fast" if way == "fast" else "paper"
-    precision = "" if way == "fast" else "--precision float32"      # the paper's
-    config = evidence.settled(f"{flags} --preset {preset} {precision}".split())
+    config = evidence.settled(flags.split())
     config.patch_size = config.patch_size or 32
     data = io.load_dataset(config.dataset, config.data_dir, config.image_size, config.subset)
     found = (official if way == "official" else ours)(config, data.train_images, warm, steps)
     device = torch.device(config.device)
-    flops, bandwidth = step.rates(device, torch.float32)
-    return {"way": way, "seed": config.seed, "command": f"python benchmarks/speed.py, of {flags}", **io.provenance(config.device),
-            "patches": config.patches, "batch": config.batch, "patch_size": config.patch_size, "precision": config.precision,
-            "float32_rate": flops, "copy_bandwidth": bandwidth} | found
+    return recorded(config, flags) | {"way": way, "float32_rate": step.product_rate(device, torch.float32),
+                                      "copy_bandwidth": step.copy_rate(device)} | found
 
 
-# ---- 2. seconds to an accuracy: runs of empssl.py ----
+def recorded(config: empssl.Config, flags: str) -> dict:
+    return dataclasses.asdict(config) | io.provenance(config.device) | {
+        "command": f"python benchmarks/speed.py, of {flags}",
+        "ops": empssl_ops.describe(torch.device(config.device), config.patch_size, min(config.batch, config.dim))}
+
+
+# ---- 2. 20,000 patches in one forward ----
+
+def memory(flags: str) -> dict:
+    """Peak GPU memory, in bytes, of two training steps, and what the GPU has; None where they do not fit, or on a CPU."""
+    config = evidence.settled(flags.split())
+    config.patch_size = config.patch_size or 32
+    data, device = io.load_dataset(config.dataset, config.data_dir, config.image_size, config.subset), torch.device(config.device)
+    images = data.train_images[:2 * config.batch].to(device)
+    augmentation, _ = empssl.augmentations(config, *images.shape[2:])
+    found = {"patches_in_one_forward": config.patches * config.batch, "peak_bytes": None, "device_bytes": None}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found["device_bytes"] = torch.cuda.mem_get_info()[1]
+    try:
+        empssl.train(empssl.new_encoder(config, images), images, dataclasses.replace(config, epochs=1), augmentation)
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    except torch.OutOfMemoryError as error:
+        print(f"{flags}: does not fit ({str(error).splitlines()[0]})")
+    return recorded(config, flags) | found
+
+
+# ---- 3. seconds to an accuracy: runs of empssl.py ----
 
 def training_runs(flags: str, seeds: int) -> list[evidence.Run]:
-    return [evidence.Run(f"{preset}-{epochs}-epochs-seed{seed}",
-                         f"{flags} --preset {preset} --epochs {epochs} --seed {seed}" + (f" --probe-epochs {','.join(map(str, range(1, epochs)))}" if epochs > 1 else ""))
-            for seed in range(seeds) for preset in ("fast", "paper") for epochs in (1, 10)]
+    each = lambda epochs: f" --probe-epochs {','.join(map(str, range(1, epochs)))}" if epochs > 1 else ""
+    return [evidence.Run(f"{way}-{epochs}-epochs-seed{seed}", f"{flags} {WAYS[way]} --epochs {epochs} --seed {seed}{each(epochs)}")
+            for seed in range(seeds) for way in ("fast", "paper-bf16") for epochs in (1, 10)]
 
 
 # ---- the search for preset fast ----
@@ -207,10 +244,17 @@ def search(name: str, flags: str, folder: Path) -> None:
     metrics = empssl.train(encoder, images, config, augmentation, log.append)
     h, held_h = (empssl.features(encoder, io.Dataset(x, None, None, None, [], ""), config, at_eval)[0] for x in (images, held_out))
     metrics["holdout_linear_top1"] = empssl.linear_probe(h, labels, held_h, their_labels)[0]
-    metrics["patches_per_second"] = metrics["patches_seen"] / metrics["train_seconds"]
+    metrics["patches_per_second"] = steady_rate([r for r in log if "patches_per_second" in r], config.patches * config.batch)
     print(f"{name}: predicted {chosen.predicted}; gave {metrics['holdout_linear_top1']:.4f}, {metrics['patches_per_second']:,.0f} patches/s")
     save(folder / f"{name}.json", {"try": name, **chosen._asdict(), "seed": config.seed, **io.provenance(config.device), "metrics": metrics,
                                    "log": log[4::5]})
+
+
+def steady_rate(log: list[dict], patches: int) -> float:
+    """Patches a second from the log's second line on: what is compiled or tuned at first is left out."""
+    seconds = lambda r: r["step"] * patches / r["patches_per_second"]                # the log's rate is since the start
+    first, last = log[min(1, len(log) - 2)], log[-1]
+    return (last["step"] - first["step"]) * patches / (seconds(last) - seconds(first))
 
 
 def save(path: Path, record: dict) -> None:
@@ -231,28 +275,33 @@ def main(argv: list[str] | None = None) -> None:
     folder = report.RESULTS / ("rehearsal/speed" if flags.rehearse else "speed")
     print(f"speed: {', '.join(WAYS)}, then runs of 1 and 10 epochs, {1 if flags.rehearse else flags.seeds} seeds (how long: not measured); records in "
           f"{folder.relative_to(report.RESULTS.parent)}/")
+    if evidence.GPU:
+        for op, size in (("extract_patches", 32), ("logdet_spd", 100)):
+            compiled, why = empssl_ops.implementation(op, torch.device("cuda"), size, torch.float32)
+            if not compiled:
+                raise io.UsageError(f"The compiled {op} is not in use on this GPU ({why}); build it with pip install -e . first.")
     check_official_loss()
     if flags.search:
         for name in TRIES:
             if not (folder / "tries" / f"{name}.json").exists():
                 search(name, data, folder / "tries")
         return
-    warm, steps = (10, 10) if flags.rehearse else (20, 100)
-    for way in WAYS:
-        if not (folder / f"{way}.json").exists():
-            record = measure(way, data, warm, steps)
+    hardware = io.provenance("cuda" if evidence.GPU else "cpu")["hardware"]
+    known = lambda path, flags: (path.exists() and evidence.same_recipe(path, flags.split())
+                                 and json.loads(path.read_text())["hardware"] == hardware)
+    warm, steps = (10, 10) if flags.rehearse else (20, 200)
+    for way, its in WAYS.items():
+        path, recipe = folder / f"{way}.json", f"{its} {data}"
+        if not known(path, recipe):
+            record = measure(way, recipe, warm, steps)
             print(f"{way}: {record['patches_per_second']:,.0f} patches/s")
-            save(folder / f"{way}.json", record)
+            save(path, record)
+    for precision in ("bf16", "float32"):
+        path, recipe = folder / f"memory-{precision}.json", f"--preset paper {data} --patches {4 if flags.rehearse else 200} --precision {precision}"
+        if not known(path, recipe):
+            save(path, memory(recipe))
     for run in training_runs(data, 1 if flags.rehearse else flags.seeds):
-        path = folder / f"{run.name}.json"
-        if path.exists() and evidence.same_recipe(path, run.flags.split()):
-            continue
-        name = f"speed-{run.name}" if not flags.rehearse else f"rehearsal-speed-{run.name}"
-        command = [sys.executable, str(ROOT / "empssl.py"), *run.flags.split(), "--name", name, "--force"]
-        print("python", *command[1:], flush=True)
-        if code := subprocess.run(command).returncode:
-            sys.exit(code)
-        report.keep_record(io.RUNS / name, str(folder.relative_to(report.RESULTS)), run.name)
+        evidence.start(run, str(folder.relative_to(report.RESULTS)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Where a training step's time goes, and how far each part is from its floor: python benchmarks/step.py [--preset laptop]
 
-Floors are of the same run: products at the rate of a large float32 (bf16 with --precision bf16) matrix product, memory at the
-rate of a copy. Medians over steps after a warm-up; a GPU is synchronised after each part, so the sum is more than a step.
+Floors are of the same run: products at the rate of a large matrix product (bf16 with --precision bf16; else float32, on a GPU the
+convolutions' as TF32, PyTorch's default), memory at the rate of a copy. Medians over steps after a warm-up; a GPU is synchronised
+after each part, so the sum is more than a step.
 """
 
 import argparse
@@ -33,19 +34,29 @@ def seconds(call, device: torch.device, repeat: int = 5) -> float:
     return statistics.median([once(call, device) for _ in range(repeat + 1)][1:])
 
 
-def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations and bytes copied (read and written) a second."""
+def product_rate(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> float:
+    """Floating-point operations a second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+    try:
+        return 2 * size ** 3 / seconds(lambda: a @ b, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
     source = torch.empty(2 ** 28 if device.type == "cuda" else 2 ** 26, device=device)
     target = torch.empty_like(source)
-    return (2 * size ** 3 / seconds(lambda: a @ b, device), 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), device))
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), device)
 
 
 def profile(config: empssl.Config, steps: int = 8) -> list[dict]:
     device, n, b, d, s = torch.device(config.device), config.patches, config.batch, config.dim, config.patch_size
     images = torch.zeros(10_000, 3, 32, 32, dtype=torch.uint8).random_().to(device)
     encoder = empssl.new_encoder(config, images).train()
+    encode = torch.compile(encoder) if config.compile else encoder
     optimizer = empssl.new_optimizer(config, list(encoder.parameters()))
     augmentation, _ = empssl.augmentations(config, 32, 32)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -57,11 +68,11 @@ def profile(config: empssl.Config, steps: int = 8) -> list[dict]:
         state["params"] = empssl.sample_patches(b, n, (32, 32), augmentation, empssl.generator(0, "profile", len(times["sampling"])))
 
     def patches():
-        state["x"] = empssl.cut(images, torch.randint(len(images), (b,)), state["params"], s, device)
+        state["x"] = empssl.cut(images, torch.randint(len(images), (b,)), state["params"], s, device, config.precision)
 
     def forward():
         with autocast():
-            state["z"] = encoder(state["x"]).unflatten(0, (n, b))
+            state["z"] = encode(state["x"]).unflatten(0, (n, b))
 
     def loss():                                                     # and its gradient, down to z
         leaf = state["z"].detach().requires_grad_()
@@ -75,16 +86,19 @@ def profile(config: empssl.Config, steps: int = 8) -> list[dict]:
     for _ in range(steps + 2):
         for name in names:
             times[name].append(once(calls[name], device))
+    encode = encoder                                                # whose operations can be counted
     with FlopCounterMode(display=False) as counter:
         forward()
-    forward_flops = counter.get_total_flops()
-    flops, bandwidth = rates(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    forward_flops, bf16 = counter.get_total_flops(), config.precision == "bf16"
+    flops = product_rate(device, torch.bfloat16 if bf16 else torch.float32, tf32=torch.backends.cudnn.allow_tf32)
+    float32_flops, bandwidth = product_rate(device, torch.float32), copy_rate(device)
     k, m = min(b, d), max(b, d)
     weights = sum(p.numel() for p in encoder.parameters())
     floors = {"sampling": seconds(lambda: torch.rand(16, n, b), torch.device("cpu")),       # 16 uniform numbers a patch
-              "patches": n * b * 3 * s * s * 4 / bandwidth,                                 # written once
+              "patches": n * b * 3 * s * s * (2 if bf16 else 4) / bandwidth,                # written once
               "forward": forward_flops / flops,
-              "loss": n * (4 * k * k * m + k ** 3) / flops,                                 # Gram, Cholesky and inverse, gradient
+              "loss": max(n * (4 * k * k * m + k ** 3) / float32_flops,                     # Gram, Cholesky and inverse, gradient
+                          3 * n * b * d * 4 / bandwidth),                                   # z read twice, its gradient written
               "backward": 2 * forward_flops / flops,        # to inputs and to weights; PyTorch's counter takes depthwise ones for dense
               "optimizer": 7 * 4 * weights / bandwidth}                                     # norms; then weight, gradient, momentum
     total = sum(statistics.median(t[2:]) for t in times.values())

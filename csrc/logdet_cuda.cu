@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(THREADS) logdet_spd_kernel(const T* A, int k, 
         S[i * ld + j] = j <= i ? A[e] : T(0);
     }
     __syncthreads();
-    double sum = 0;
     for (int j = 0; j < k; ++j) {
         const T pivot = S[j * ld + j];
         if (!(pivot > 0) || !isfinite(pivot)) {                         // the same for every thread of the block
@@ -31,7 +30,6 @@ __global__ void __launch_bounds__(THREADS) logdet_spd_kernel(const T* A, int k, 
             for (int e = threadIdx.x; e < k * k; e += THREADS) inverse[e] = T(nan(""));
             return;
         }
-        sum += log((double)pivot);
         const T scale = T(1) / sqrt(pivot);
         if (threadIdx.x == 0) diagonal[j] = scale;
         for (int i = j + 1 + threadIdx.x; i < k; i += THREADS) S[i * ld + j] *= scale;
@@ -43,7 +41,12 @@ __global__ void __launch_bounds__(THREADS) logdet_spd_kernel(const T* A, int k, 
         }
         __syncthreads();
     }
-    if (threadIdx.x == 0) logdet[blockIdx.x] = T(sum);
+    if (threadIdx.x < 32) {                                             // the pivots still stand on the diagonal
+        double sum = 0;
+        for (int j = threadIdx.x; j < k; j += 32) sum += log((double)S[j * ld + j]);
+        for (int lane = 16; lane; lane /= 2) sum += __shfl_down_sync(~0u, sum, lane);
+        if (threadIdx.x == 0) logdet[blockIdx.x] = T(sum);
+    }
     for (int j = 0; j < k; ++j) {                                       // row j of W, then its share of the rows below
         for (int c = threadIdx.x; c < j; c += THREADS) S[c * ld + j] *= diagonal[j];
         __syncthreads();
@@ -79,12 +82,11 @@ int64_t logdet_spd_cuda_largest(int64_t element_bytes) {
 template <typename T>
 const char* logdet_spd_cuda(const T* A, int64_t n, int64_t k, T* logdet, T* inverse, void* stream) {
     if (n == 0) return nullptr;
-    const int bytes = (int)shared_bytes(k, sizeof(T));
-    cudaError_t error = cudaFuncSetAttribute(logdet_spd_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess) {
-        logdet_spd_kernel<T><<<(unsigned)n, THREADS, bytes, (cudaStream_t)stream>>>(A, (int)k, logdet, inverse);
-        error = cudaGetLastError();
-    }
+    const int64_t most = shared_bytes(logdet_spd_cuda_largest(sizeof(T)), sizeof(T));   // as in patches_cuda.cu
+    cudaFuncSetAttribute(logdet_spd_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most);
+    cudaGetLastError();
+    logdet_spd_kernel<T><<<(unsigned)n, THREADS, shared_bytes(k, sizeof(T)), (cudaStream_t)stream>>>(A, (int)k, logdet, inverse);
+    const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -29,18 +29,20 @@ __device__ void crop(const PatchJob& job, const uint8_t* image, const float* p, 
         const Taps down = taps_of(y, (int)p[HEIGHT], s);
         const Taps across = taps_of(p[FLIP] > 0 ? s - 1 - x : x, (int)p[WIDTH], s);
         float sum[3] = {0, 0, 0}, down_sum = 0, across_sum = 0;
-        for (int v = across.first; v < across.last; ++v) across_sum += triangle(across, v);
         for (int u = down.first; u < down.last; ++u) {
             const float w = triangle(down, u);
             down_sum += w;
-            if (w == 0) continue;
             const uint8_t* row = image + ((int64_t)p[TOP] + u) * job.stride_h + (int64_t)p[LEFT] * job.stride_w;
+            float line[3] = {0, 0, 0};              // row by row, so that rounding grows with the sides, not with the area
+            across_sum = 0;
             for (int v = across.first; v < across.last; ++v) {
-                const float weight = w * (triangle(across, v) / across_sum);
-                for (int c = 0; c < 3; ++c) sum[c] += weight * row[c * job.stride_c + v * job.stride_w];
+                const float weight = triangle(across, v);
+                across_sum += weight;
+                for (int c = 0; c < 3; ++c) line[c] += weight * row[c * job.stride_c + v * job.stride_w];
             }
+            for (int c = 0; c < 3; ++c) sum[c] += w * line[c];
         }
-        for (int c = 0; c < 3; ++c) plane[c * pixels + i] = sum[c] / down_sum / 255.0f;
+        for (int c = 0; c < 3; ++c) plane[c * pixels + i] = sum[c] / across_sum / down_sum / 255.0f;
     }
 }
 
@@ -156,12 +158,14 @@ __global__ void __launch_bounds__(THREADS) extract_patches_kernel(const __grid_c
     store(plane, pixels, out, (3 * pixels * sizeof(Out)) % 16 == 0 && (uintptr_t)job.out % 16 == 0);
 }
 
+int64_t shared_bytes(int64_t s) { return 4 * (int64_t)sizeof(float) * s * s; }
+
 template <typename Out>
 cudaError_t launch(const PatchJob& job, cudaStream_t stream) {
-    const size_t shared = 4 * sizeof(float) * job.s * job.s;
-    cudaError_t error = cudaFuncSetAttribute(extract_patches_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    if (error != cudaSuccess) return error;
-    extract_patches_kernel<Out><<<(unsigned)(job.n * job.b), THREADS, shared, stream>>>(job);
+    const int64_t most = extract_patches_cuda_largest();    // allowed once and for all sizes: threads may launch different ones
+    cudaFuncSetAttribute(extract_patches_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes(most));
+    cudaGetLastError();                                     // where that failed, the launch says so
+    extract_patches_kernel<Out><<<(unsigned)(job.n * job.b), THREADS, shared_bytes(job.s), stream>>>(job);
     return cudaGetLastError();
 }
 
@@ -174,7 +178,7 @@ int64_t extract_patches_cuda_largest() {
         return 0;
     const int64_t fixed = 512;                              // the kernel's static shared memory, rounded up
     int64_t s = 64;                                         // beyond, a block's patch is too large to be worth it
-    while (s > 0 && 4 * (int64_t)sizeof(float) * s * s + fixed > limit) --s;
+    while (s > 0 && shared_bytes(s) + fixed > limit) --s;
     return s;
 }
 

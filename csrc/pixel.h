@@ -87,6 +87,7 @@ EMPSSL_FN float solarized(float x) { return x >= (float)(128.0 / 255.0) ? 1 - x 
 
 // Where a tap that falls outside s pixels reads: mirrored about the border pixels, as often as needed.
 EMPSSL_FN int reflected(int i, int s) {
+    if (i >= 0 && i < s) return i;
     if (s == 1) return 0;
     int period = 2 * (s - 1);
     i %= period;

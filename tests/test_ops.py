@@ -86,7 +86,9 @@ def test_cpu_and_gpu_agree():
     images, params = random_images(50, 32, 32), sample_patches(50, 20, (32, 32), Augmentation(solarize=0.0))
     cpu = extract(images, torch.arange(50), params, 32, torch.float32)
     gpu = extract(images.cuda(), torch.arange(50).cuda(), params.cuda(), 32, torch.float32)
-    torch.testing.assert_close(gpu.cpu(), cpu, atol=2e-6, rtol=0)
+    exact, float32 = (extract_patches_ref(images, torch.arange(50), params, 32, dtype) for dtype in (torch.float64, torch.float32))
+    allowed = 2 * (float32 - exact).abs().max().item() + 1e-6       # of each, as in `assert_as_good_as_pytorch`
+    assert (gpu.cpu() - cpu).abs().max().item() <= 2 * allowed
 
 
 @on_each_device
@@ -123,7 +125,7 @@ def test_all_off_is_the_plain_crop_exactly(device, isa):
     images = random_images(3, 20, 30, device=device)
     params = one(top=2, left=7, height=16, width=16).expand(1, 3, K).to(device)
     x = extract(images, torch.arange(3, device=device), params, 16, torch.float32)
-    assert torch.equal(x, images[:, :, 2:18, 7:23].float() / 255 * 2 - 1)
+    assert torch.equal(x.cpu(), images[:, :, 2:18, 7:23].cpu().float() / 255 * 2 - 1)       # a GPU's PyTorch divides less exactly
 
 
 @on_each_device
@@ -236,6 +238,51 @@ def test_cuda_graph_capture():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1][1], expected[1][1])
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+@pytest.mark.parametrize("how", ["captured", "compiled"])
+def test_a_training_step_is_captured_or_compiled(how, monkeypatch):
+    """Patches, encoder, loss and gradients, in one CUDA graph or with a compiled encoder: on other patches what eager steps give."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    images, index = random_images(40, 32, 32, device="cuda"), torch.arange(10, device="cuda")
+    encoder = empssl.Encoder("resnet18", 16, hidden=64, projector=64, dim=32, drop_last_stage=True)
+    encoder = encoder.to("cuda", memory_format=torch.channels_last).train()
+    params = [sample_patches(10, 4, (32, 32), Augmentation(), empssl.generator(0, "graph", t)).cuda() for t in range(3)]
+    weights, place = list(encoder.parameters()), params[0].clone()
+
+    def step(encode, params):
+        x = empssl.extract_patches(images, index, params, 16)
+        loss = empssl.empssl_loss(encode(x).unflatten(0, (4, 10)), 20.0)
+        return loss, torch.autograd.grad(loss, weights)
+    if how == "compiled":
+        compiled = torch.compile(encoder)
+        other = lambda params: step(compiled, params)
+    else:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                step(encoder, place)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(encoder, place)
+
+        def other(params):
+            place.copy_(params)
+            graph.replay()
+            return captured
+    losses = []
+    for p in params:
+        loss, gradients = other(p)
+        expected, theirs = step(encoder, p)
+        losses.append(loss.item())
+        assert losses[-1] == pytest.approx(expected.item(), rel=1e-4)
+        ours, theirs = (torch.cat([g.flatten() for g in each]) for each in (gradients, theirs))
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+    assert len({round(loss, 3) for loss in losses}) == 3
 
 
 # ---- logdet_spd ----
@@ -368,28 +415,49 @@ def test_solarize_inverts_from_128_up(device):
 
 
 @on_each_device
-def test_a_training_with_kernels_and_one_with_references_agree(device, monkeypatch):
-    """Twenty steps, same seed, the paper's augmentation. Rounding alone tells the two apart, and training makes more of
-    it, the sooner the deeper the network, so this one is shallow; allowed are 1e-4 in the first ten and 1e-2 in the rest. Seeds differ
-    in when: of 0 to 3, seeds 0, 1 and 3 pass 1e-4 (by up to 1.2e-3) within the ten."""
+@pytest.mark.parametrize("seed", range(4))
+def test_a_training_with_kernels_and_one_with_references_agree(device, seed, monkeypatch):
+    """Twenty steps with kernels, the paper's augmentation. At each the references give, from the same weights, the same loss and
+    gradient, but for the few steps at which rounding carries a ReLU's input across 0. And twenty steps with references alone
+    end near, where training has made more of that rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     images = random_images(200, 32, 32, device=device)
     config = empssl.Config(patches=8, batch=10, patch_size=16, lr=0.1, lam=20.0, precision="float32")
-    losses, loss = [], empssl.empssl_loss
-    monkeypatch.setattr(empssl, "empssl_loss", lambda *a: losses[-1].append(loss(*a)) or losses[-1][-1])
-    for kernels in (True, False):
-        if not kernels:
-            monkeypatch.setattr(empssl_ops, "_empssl", None)
-            monkeypatch.setattr(empssl_ops, "_missing", "left out", raising=False)
-        torch.manual_seed(2)
-        losses.append([])
+    cut, loss, module, apart, losses = empssl.cut, empssl.empssl_loss, empssl_ops._empssl, [], {True: [], False: []}
+    monkeypatch.setattr(empssl_ops, "_missing", "left out", raising=False)
+
+    def run(kernels):
+        torch.manual_seed(seed)
         encoder, layers = empssl.Encoder("small", 16, hidden=64, projector=64, dim=32), []
         for inputs, outputs, kernel in ((3, 96, 3), (96, 192, 3), (192, 384, 2)):
             layers += [torch.nn.Conv2d(inputs, outputs, kernel, 2, kernel // 3), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
         encoder.backbone = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-        empssl.train(encoder.to(device), images, config, Augmentation())
-    ours, theirs = ([x.item() for x in run] for run in losses)
-    assert len(ours) == 20 and ours != theirs and ours == pytest.approx(theirs, rel=1e-2)
-    assert ours[:10] == pytest.approx(theirs[:10], rel=1e-4)
+        encoder, last = encoder.to(device), {}
+        weights = list(encoder.parameters())
+
+        def cut_twice(images, index, params, s, *how):
+            last["x"] = extract_patches_ref(images, index.to(device), params.to(device), s)
+            return cut(images, index, params, s, *how)
+
+        def losses_of_both(z, *how):
+            ours = loss(z, *how)
+            losses[kernels].append(ours.item())
+            if kernels:
+                with monkeypatch.context() as patch:
+                    patch.setattr(empssl_ops, "_empssl", None)
+                    theirs = loss(encoder(last["x"]).unflatten(0, z.shape[:2]), *how)
+                gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(each, weights, retain_graph=True)]) for each in (ours, theirs)]
+                apart.append((abs(ours / theirs - 1).item(), ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()))
+            return ours
+        monkeypatch.setattr(empssl, "cut", cut_twice)
+        monkeypatch.setattr(empssl, "empssl_loss", losses_of_both)
+        monkeypatch.setattr(empssl_ops, "_empssl", module if kernels else None)
+        empssl.train(encoder, images, config, Augmentation())
+    run(True), run(False)
+    of_losses, of_gradients = zip(*apart)
+    assert len(apart) == 20 and max(of_losses) < 1e-5
+    assert sorted(of_gradients)[10] < 1e-4 and max(of_gradients) < 3e-2
+    assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
 def test_threads_do_not_change_the_result():

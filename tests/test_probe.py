@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import empssl
+import empssl_io as io
 from empssl import (Augmentation, Encoder, K, Pointwise, embed, extract_patches, generator, grid_patches, knn_probe, linear_probe,
                     regions, sample_patches, whiten)
 
@@ -153,6 +154,39 @@ def test_embed_shows_the_maps_whole_images_at_twice_the_side(encoder):
     with torch.no_grad():
         expected = encoder.maps(images / 127.5 - 1)
     torch.testing.assert_close(embed(encoder, images, 1, whole, maps=True), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embed(encoder, images, 1, maps=True), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["train", "grid", "maps"])
+def test_the_sign_of_progress_is_of_the_features_that_are_probed(how, encoder, monkeypatch):
+    """kNN of the representation as it is probed, at most four patches of it: here of 60 images against 10."""
+    config = empssl.Config(device="cpu", precision="float32", hidden=encoder.architecture["hidden"], augmentation="light", patch_size=16,
+                           eval_patches={"maps": 1}.get(how, 4), eval_augmentation=how)
+    images, labels = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8), torch.arange(60) % 10
+    data = io.Dataset(images, labels, None, None, [], "")
+    _, at_eval = empssl.augmentations(config, 32, 32)
+    seen = []
+    monkeypatch.setattr(empssl, "knn_probe", lambda train, *rest: seen.append(train) or 0.0)
+    empssl.holdout_knn(encoder, data, config, at_eval)
+    rows = torch.randperm(60, generator=generator(0, "holdout", 0))[10:]
+    h = embed(encoder, images[rows], config.eval_patches, at_eval, 0, "float32", how == "maps")[:, -config.hidden:]
+    assert len(seen) == 1 and seen[0].shape == h.shape
+    if how != "train":                                              # patches of their own for each set of images
+        torch.testing.assert_close(seen[0], h, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_and_a_new_encoder_leave_the_callers_chance_alone(encoder):
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    before = torch.get_rng_state()
+    embed(encoder, images, patches=4), embed(encoder, images, 2, Augmentation())
+    empssl.new_encoder(empssl.Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4), images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_new_encoder_of_large_images_is_finite():
+    images = torch.randint(0, 256, (3, 3, 1500, 1500), dtype=torch.uint8)
+    encoder = empssl.new_encoder(empssl.Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4), images)
+    assert all(p.isfinite().all() for p in encoder.parameters())
 
 
 def test_a_pointwise_convolution_is_a_convolution():

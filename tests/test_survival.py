@@ -46,6 +46,13 @@ def stop_after(step, monkeypatch, number=signal.SIGTERM):
     monkeypatch.setattr(io.RunFolder, "asked", send_then_ask)
 
 
+def test_a_signal_during_the_probe_at_an_epochs_end_stops_there(monkeypatch, capsys):
+    monkeypatch.setattr(empssl, "holdout_knn", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, "--name", "stopped"])
+    assert stop.value.code == 128 + signal.SIGTERM and "after step 3 of 12" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("step", [2, 3, 7, 12])                     # in an epoch, at an epoch's end, at the very end
 def test_a_stopped_run_goes_on_to_the_same_weights_and_records(step, monkeypatch, capsys):
     whole = main([*RUN, "--name", "whole"])
