@@ -580,7 +580,7 @@ def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Aug
     encoder.eval()
     device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
     look, s, none = (encoder.maps, 2 * s, Augmentation.none(area=(1.0, 1.0))) if maps else (encoder.representation, s, None)
-    b = max(1, min(len(images), 2 ** 19 // (patches * s * s)))      # images at once: half a million pixels of patches
+    b = max(1, min(len(images), 2 ** (19 if device.type == "cpu" else 23) // (patches * s * s)))        # images at once
     features = torch.zeros(len(images), look(torch.zeros(1, 3, s, s, device=device)).shape[1], device=device)
     starts = range(0, len(images), b)[io.rank()::io.processes()]    # under torchrun each process embeds its share
     for start in io.progress(starts, desc="embedding", unit="batch", leave=False):

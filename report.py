@@ -220,7 +220,8 @@ def peers_table() -> str:
         rows.append(f"| {name} | {len(one)} | {accuracies(one)} | {mean(one, 'patches_seen'):,.0f} | "
                     f"{mean(one, 'patches_seen') / (one[0]['patches'] * one[0]['batch']):.0f} | {mean(one, 'train_seconds'):.0f} | "
                     f"{there} | {paper} |")
-    return "\n".join(rows)
+    first = found.get("empssl", {}).get("1-epoch")
+    return "\n".join(rows + ([f"| untrained encoder | {len(first)} | {spread(first, 'untrained_top1')} |" + " |" * 11] if first else []))
 
 
 def draw_peers() -> None:
@@ -242,7 +243,10 @@ def draw_peers() -> None:
         if accuracy == "linear_top1":
             untrained = next(iter(found.values()))["1-epoch"][0]["metrics"]["untrained_top1"]
             ax.axhline(untrained, color="grey", linestyle=":", label="untrained encoder")
-        ax.set(xscale="log", xlabel=costs[key] if ax in axes[1] else "", ylabel=accuracies[accuracy] if ax in axes[:, 0] else "")
+        ax.set_xscale("log")
+        ax.xaxis.set(major_locator=plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)), minor_locator=plt.matplotlib.ticker.NullLocator(),
+                     major_formatter=lambda x, _: f"{x:,.0f}")
+        ax.set(xlabel=costs[key] if ax in axes[1] else "", ylabel=accuracies[accuracy] if ax in axes[:, 0] else "")
     axes[0, 1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(RESULTS / "peers" / "accuracy.png", dpi=120)
     print(f"drawn: {RESULTS / 'peers' / 'accuracy.png'}")

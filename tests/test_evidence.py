@@ -117,7 +117,8 @@ def test_what_is_run_anew_resumed_and_left_alone(begun, recorded, results, in_tm
 
 
 def peer(results, name, seed=0, **metrics):
-    metrics = {"linear_top1": 0.5, "representation_top1": 0.4, "knn_top1": 0.3, "train_seconds": 100.0, "patches_seen": 6000} | metrics
+    metrics = {"linear_top1": 0.5, "representation_top1": 0.4, "knn_top1": 0.3, "train_seconds": 100.0, "patches_seen": 6000,
+               "untrained_top1": 0.35} | metrics
     record = {"seed": seed, "epochs": metrics.pop("epochs", 1), "patches": 2, "batch": 100}
     (results / "peers").mkdir(parents=True, exist_ok=True)
     (results / "peers" / f"{name}-seed{seed}.json").write_text(json.dumps(record | {"metrics": metrics}))
@@ -134,6 +135,7 @@ def test_peers_at_equal_seconds_are_runs_of_those_seconds(results):
     rows = {row.split(" | ")[0]: row for row in report.peers_table().splitlines()}
     assert rows["| empssl"].startswith("| empssl | 2 | 0.610 ± 0.010 | 0.400 ± 0.000 | 0.300 ± 0.000 | 6,000 | 30 | 100 | 1 | 0.610 ± 0.010 |")
     assert rows["| byol"].startswith("| byol | 2 | 0.100 ± 0.000 |") and "| 20 | 4 or 5 | 0.261 ± 0.001 |" in rows["| byol"]
+    assert rows["| untrained encoder"].startswith("| untrained encoder | 2 | 0.350 ± 0.000 |")
     assert "| 20 | | | | | |" in rows["| single"] and "| 400 | | | | | |" in rows["| empssl-upsampled"]
     assert len({row.count("|") for row in rows.values()}) == 1
 
@@ -142,7 +144,7 @@ def test_a_run_on_fewer_images_is_probed_on_all(results):
     peer(results, "empssl-1-epoch"), peer(results, "empssl-of-100-trained", train_seconds=90.0, linear_top1=0.1)
     path = results / "peers" / "empssl-of-100-1-epoch-seed0.json"
     path.write_text(json.dumps({"seed": 0, "epochs": 1, "metrics": {"linear_top1": 0.7, "representation_top1": 0.6, "knn_top1": 0.5}}))
-    row = report.peers_table().splitlines()[-1]
+    row = report.peers_table().splitlines()[-2]
     assert row.startswith("| empssl-of-100 | 1 | 0.700 | 0.600 | 0.500 | 6,000 | 30 | 90 | 1 | 0.700 |")
 
 
