@@ -122,11 +122,17 @@ def peers_bench() -> str:
             "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu --subset 15000")
 
 
+def peers_recipes(seeds: int) -> list[tuple[str, str, int]]:
+    """Name, flags and seed of each method and each ablation, in the order in which they run."""
+    return ([(name, flags, seed) for seed in range(seeds) for name, flags in METHODS.items()]
+            + [(name, flags, 0) for name, flags in PEERS_ABLATIONS.items()])
+
+
 def announce_peers(seeds: int, here: Path) -> None:
     config = settled([*peers_bench().split(), *METHODS["empssl"].split()])
     config.patch_size = config.patch_size or 32
     an_epoch = (config.subset or 50_000) * config.patches / patches_per_second(config)
-    names = [f"{name}-1-epoch-seed{seed}" for seed in range(seeds) for name in METHODS] + [f"{name}-1-epoch-seed0" for name in PEERS_ABLATIONS]
+    names = [f"{name}-1-epoch-seed{seed}" for name, _, seed in peers_recipes(seeds)]
     left = [name for name in names if not (here / f"{name}.json").exists()]
     print(f"peers: {len(METHODS)} methods of {seeds} seeds and {len(PEERS_ABLATIONS)} ablations, each for one epoch and, where that is shorter, "
           f"for the {io.human_time(an_epoch)} of EMP-SSL's; {len(left)} of {len(names)} to come, about "
@@ -138,8 +144,7 @@ def peers(seeds: int, start) -> None:
     bench = peers_bench()
     ours = "paper" if GPU else "light"
     seconds = lambda name: json.loads((report.RESULTS / "peers" / f"{name}.json").read_text())["metrics"]["train_seconds"]
-    for name, flags, seed in ([(name, flags, seed) for seed in range(seeds) for name, flags in METHODS.items()]
-                              + [(name, flags, 0) for name, flags in PEERS_ABLATIONS.items()]):
+    for name, flags, seed in peers_recipes(seeds):
         recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
         if "--subset" in flags:                                     # to train on; probed on all, as the others
             start(Run(f"{name}-trained-seed{seed}", f"{recipe} --epochs 1"))
