@@ -176,15 +176,15 @@ PAPER = {"empssl": (.806, .907), "simclr": (.282, .565), "byol": (.249, .489), "
 
 
 def peers_records() -> dict[str, dict[str, list[dict]]]:
-    """Records of results/peers by method or ablation, then by "1-epoch" or "equal-seconds", one of each seed. Where training has a
-    record of its own, its metrics are the probe's too."""
+    """Records of results/peers by method or ablation, then by "1-epoch" or "equal-seconds", one of each seed. What was only probed has
+    the rest from the record of its encoder's training."""
     found = {}
     for path in sorted((RESULTS / "peers").glob("*.json")):
         name, kind, seed = re.fullmatch(r"(.*)-(1-epoch|equal-seconds|trained)-seed(\d+)", path.stem).groups()
-        record, trained = json.loads(path.read_text()), path.with_name(f"{name}-trained-seed{seed}.json")
-        if kind == "1-epoch" and trained.exists():
-            theirs = json.loads(trained.read_text())
-            record = theirs | {"metrics": theirs["metrics"] | record["metrics"]}
+        record = json.loads(path.read_text())
+        if encoder := record["metrics"].get("checkpoint"):
+            trained = json.loads(path.with_name(Path(encoder).parent.name.removeprefix("peers-") + ".json").read_text())
+            record = trained | {"metrics": trained["metrics"] | record["metrics"]}
         if kind != "trained":
             found.setdefault(name, {}).setdefault(kind, []).append(record)
     return found

@@ -96,24 +96,23 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "single-moving-average": "--method single --augmentation {ours} --bank-update average",
     "single-no-distillation": "--method single --augmentation {ours} --distillation 0",
     "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
-    "simclr-noise-one-negative": "--method simclr --augmentation noise --noise 0.5 --negatives 1",
-    "simclr-published-views": "--method simclr --crops published",
-    "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
-    "empssl-upsampled-32-5-patches": "--patches 5 --patch-size 32",
     "empssl-sizes-8-16": "--patches 20 --patch-size 16 --size-schedule 8:0.5,16:0.5",
     "empssl-no-last-stage": "--patches 20 --drop-last-stage",
+    "empssl-upsampled-32-5-patches": "--patches 5 --patch-size 32",          # the pixels of 20 patches of 16
+    "empssl-5-patches": "--patches 5",
+    "empssl-2-patches": "--patches 2",
+    "empssl-10-patches": "--patches 10",
+    "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
+    "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
+    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-only --eval-patches 1 --eval-augmentation grid",
     "empssl-no-lars": "--patches 20 --optimizer sgd",
     "empssl-lambda-10": "--patches 20 --lam 10",
     "empssl-lambda-400": "--patches 20 --lam 400",
     "empssl-batch-50": "--patches 20 --batch 50",
     "empssl-batch-200": "--patches 20 --batch 200",
-    "empssl-2-patches": "--patches 2",
-    "empssl-5-patches": "--patches 5",
-    "empssl-10-patches": "--patches 10",
-    "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
-    "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
-    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-patches 1 --eval-augmentation grid",
-    "empssl-upsampled-32": "--patches 20 --patch-size 32",               # four times the seconds
+    "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
+    "simclr-noise-one-negative": "--method simclr --augmentation noise --noise 0.5 --negatives 1",
+    "simclr-published-views": "--method simclr --crops published",
 }
 
 
@@ -146,6 +145,9 @@ def peers(seeds: int, start) -> None:
     seconds = lambda name: json.loads((report.RESULTS / "peers" / f"{name}.json").read_text())["metrics"]["train_seconds"]
     for name, flags, seed in peers_recipes(seeds):
         recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
+        if "--eval-only" in flags:
+            start(Run(f"{name}-1-epoch-seed{seed}", recipe, after=f"empssl-1-epoch-seed{seed}"))
+            continue
         if "--subset" in flags:                                     # to train on; probed on all, as the others
             start(Run(f"{name}-trained-seed{seed}", f"{recipe} --epochs 1"))
             start(Run(f"{name}-1-epoch-seed{seed}", f"{bench} --seed {seed} --eval-only", after=f"{name}-trained-seed{seed}"))

@@ -143,7 +143,8 @@ def test_peers_at_equal_seconds_are_runs_of_those_seconds(results):
 def test_a_run_on_fewer_images_is_probed_on_all(results):
     peer(results, "empssl-1-epoch"), peer(results, "empssl-of-100-trained", train_seconds=90.0, linear_top1=0.1)
     path = results / "peers" / "empssl-of-100-1-epoch-seed0.json"
-    path.write_text(json.dumps({"seed": 0, "epochs": 1, "metrics": {"linear_top1": 0.7, "representation_top1": 0.6, "knn_top1": 0.5}}))
+    path.write_text(json.dumps({"seed": 0, "epochs": 1, "metrics": {
+        "checkpoint": "runs/peers-empssl-of-100-trained-seed0/encoder.pt", "linear_top1": 0.7, "representation_top1": 0.6, "knn_top1": 0.5}}))
     row = report.peers_table().splitlines()[-2]
     assert row.startswith("| empssl-of-100 | 1 | 0.700 | 0.600 | 0.500 | 6,000 | 30 | 90 | 1 | 0.700 |")
 
@@ -168,20 +169,21 @@ def test_every_recipe_of_the_peers_is_one_that_the_programs_take(gpu, results, i
     assert len(names) == len(set(names)) and len([n for n in names if "-1-epoch-" in n]) == 3 * len(evidence.METHODS) + len(evidence.PEERS_ABLATIONS)
     assert sum("equal-seconds" in n for n in names) == sum("--method" in run.flags for run in ran if "-1-epoch-" in run.name)
     assert all("--epochs 4" in run.flags for run in ran if "equal-seconds" in run.name)
-    assert [run.name for run in ran if run.after] == [f"empssl-{n}-1-epoch-seed0" for n in ("60-patches-of-5000", "200-patches-of-1500")]
+    assert [run.name for run in ran if run.after] == [f"empssl-{n}-1-epoch-seed0" for n in ("60-patches-of-5000", "200-patches-of-1500",
+                                                                                               "centre-crop-at-evaluation")]
 
 
 def test_the_peers_are_announced_with_what_is_left_and_how_long(results, monkeypatch, capsys):
-    """300,000 patches an epoch of EMP-SSL, at 1,000 a second; 8 of the 9 methods and 22 ablations are open."""
+    """300,000 patches an epoch of EMP-SSL, at 1,000 a second; 8 of the 9 methods and 20 ablations are open."""
     monkeypatch.setattr(evidence, "GPU", False)
     monkeypatch.setattr(evidence, "patches_per_second", lambda config: 1000.0)
     monkeypatch.setattr(evidence, "peers", lambda *_: None)
-    monkeypatch.setattr(evidence, "PEERS_ABLATIONS", dict(list(evidence.PEERS_ABLATIONS.items())[:22]))
+    monkeypatch.setattr(evidence, "PEERS_ABLATIONS", dict(list(evidence.PEERS_ABLATIONS.items())[:20]))
     peer(results, "empssl-1-epoch")
     monkeypatch.setattr(report, "draw_peers", lambda: None)
     evidence.main(["peers", "--seeds", "1"])
     said = capsys.readouterr().out
-    assert "for the 5 min of EMP-SSL's; 30 of 31 to come, about 2.8 h of training" in said
+    assert "for the 5 min of EMP-SSL's; 28 of 29 to come, about 2.6 h of training" in said
 
 
 def test_without_records_of_peers_nothing_is_drawn(results, capsys):
