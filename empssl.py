@@ -152,8 +152,7 @@ def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Au
     grey = happens(a.grey)
     sigma = torch.where(happens(a.blur), between(*a.sigma), 0.0)
     solarize = happens(a.solarize)
-    return torch.stack([top, left, height, width, flip, brightness, contrast, saturation, hue, order, grey, sigma,
-                        solarize], dim=-1)
+    return torch.stack([top, left, height, width, flip, brightness, contrast, saturation, hue, order, grey, sigma, solarize], dim=-1)
 
 
 def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
@@ -173,11 +172,10 @@ def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype
                     check: bool = False) -> Tensor:
     """Cut and augment the patches that `params` describes, scaled to [-1, 1].
 
-    images `(N, 3, H, W)` uint8; index `(b,)` int64, rows of `images`; params `(n, b, K)` from `sample_patches`; s side
-    of a patch. Returns `(n*b, 3, s, s)` of `dtype` on the images' device, channels-last, patch-major. Runs compiled
-    where `empssl_ops` has a kernel, else as `extract_patches_ref`. Raises `ValueError` for wrong shapes or types, and
-    where a crop or an index leaves what it indexes; the CUDA kernel makes such a patch NaN instead, which costs no
-    synchronisation, unless `check`.
+    images `(N, 3, H, W)` uint8; index `(b,)` int64, rows of `images`; params `(n, b, K)` from `sample_patches`; s side of a
+    patch. Returns `(n*b, 3, s, s)` of `dtype` on the images' device, channels-last, patch-major. Runs compiled where `empssl_ops`
+    has a kernel, else as `extract_patches_ref`. Raises `ValueError` for wrong shapes or types, and where a crop or an index leaves
+    what it indexes; the CUDA kernel makes such a patch NaN instead, which costs no synchronisation, unless `check`.
     """
     ops.check_patches(images, index, params, s)
     if check or not (images.device.type == "cuda" and ops.implementation("extract_patches", images.device, s, dtype)[0]):
@@ -459,9 +457,8 @@ class LARS(torch.optim.Optimizer):
                     g = torch.where((p_norm > 0) & (g_norm > 0), scaled, g)
                 state = self.state[p]
                 if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = g.clone()
-                else:
-                    state["momentum_buffer"].mul_(momentum).add_(g)
+                    state["momentum_buffer"] = torch.zeros_like(g)
+                state["momentum_buffer"].mul_(momentum).add_(g)
                 p.sub_(lr * (g + momentum * state["momentum_buffer"]))          # Nesterov
         return loss
 
@@ -648,13 +645,12 @@ def probe(seen: list[Tensor], data: io.Dataset, config: Config, augmentation: Au
     pixels and of the untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
     linear = lambda train, test: linear_probe(train, data.train_labels, test, data.test_labels)
     h, (top1, top5) = [x[:, -config.hidden:] for x in seen], linear(*seen)
-    images = data.train_images, data.test_images
     untrained = new_encoder(config, data.train_images)
     return {"linear_top1": top1, "linear_top5": top5, "representation_top1": top1 if h[0].shape == seen[0].shape else linear(*h)[0],
             "knn_top1": knn_probe(h[0], data.train_labels, h[1], data.test_labels),
-            "raw_pixels_top1": io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, images))[0]),
-            "untrained_top1": io.remembered(io.baselines_key(data, config, untrained, augmentation), lambda: linear(*features(
-                settled(untrained, data.train_images, config, augmentation), data, config, augmentation))[0])}
+            "raw_pixels_top1": io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, (data.train_images, data.test_images)))[0]),
+            "untrained_top1": io.remembered(io.untrained_key(data, config, untrained, augmentation), lambda: linear(*features(
+                settled(untrained, data.train_images, config), data, config, augmentation))[0])}
 
 
 def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
@@ -664,11 +660,14 @@ def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: A
 
 
 @torch.no_grad()
-def settled(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation) -> Encoder:
-    """Give an untrained encoder's BatchNorms this data's statistics: without, its features make a weaker baseline."""
-    for t in range(50):
+def settled(encoder: Encoder, images: Tensor, config: Config) -> Encoder:
+    """An untrained encoder, its BatchNorms' statistics those of training patches, as if the learning rate had been 0."""
+    for layer in encoder.modules():
+        layer.momentum = None                                       # a BatchNorm's: it then averages all that it sees
+    augmentation, _ = augmentations(config, *images.shape[2:])
+    for t in range(10):
         index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
-        params = sample_patches(64, 4, images.shape[2:], augmentation or Augmentation.none(), generator(config.seed, "settled", t))
+        params = sample_patches(64, 4, images.shape[2:], augmentation, generator(config.seed, "settled", t))
         encoder.train()(cut(images, index, params, config.patch_size, torch.device(config.device)))
     return encoder
 
@@ -719,9 +718,9 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
     io.check_sizes(config, N, H, W)
     _, at_eval = augmentations(config, H, W)
     data = io.to_device(data, config.device)
-    if config.checkpoint:
+    if config.checkpoint or config.eval_only:
         encoder = new_encoder(config, data.train_images)
-        io.load_weights(encoder, config.checkpoint)
+        io.load_weights(encoder, config.checkpoint) if config.checkpoint else settled(encoder, data.train_images, config)
     else:
         encoder, objective, augmentation = method(config, data)
     if config.export_features and not config.eval_only and config.checkpoint:
@@ -732,7 +731,7 @@ def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
     if record := folder.finished():
         return record
     record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
-    if not config.checkpoint:
+    if not config.eval_only:
         io.announce(config, N, H, W)
         print(*ops.describe(torch.device(config.device), config.patch_size, min(config.batch, config.dim)), sep="\n")
 

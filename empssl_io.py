@@ -1,5 +1,5 @@
-"""The plumbing of EMP-SSL: data sets and their caches, run folders and checkpoints, processes and signals. Nothing of
-the method is here.
+"""The plumbing of EMP-SSL: data sets and their caches, run folders and checkpoints, processes and signals, and what the
+command line accepts.
 
 A data set is uint8 images `(N, 3, H, W)` and int64 labels `(N,)`, for training and test; labels are None where there
 are none. Everything a user can get wrong raises `UsageError`, one sentence that says what to do.
@@ -19,14 +19,15 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +37,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-PROGRAM = f"python {Path(sys.argv[0]).name if sys.argv[0].endswith('.py') else 'empssl.py'}"
+PROGRAM = f"python {shlex.quote(sys.argv[0]) if sys.argv[0].endswith('.py') else 'empssl.py'}"
 RUNS = Path("runs")                 # one folder a run, and `.cache` for decoded images and baseline figures
 CACHE = RUNS / ".cache"
 BACKBONES = ("resnet18", "small")
@@ -72,7 +73,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     shorter side, at most 224 (64 for `tinyimagenet`, 224 for `imagenet100`).
     `subset`: keep this many training images, chosen by `seed`; the test split stays whole.
     Raises `UsageError` for an unknown name, missing or empty folders, a class that only the test split has, more than
-    1 % unreadable images, and a download that fails.
+    1 % unreadable images or a whole split of them, and a download that fails; `OSError` for a folder that may not be read.
     """
     data_dir = Path(data_dir)
     if image_size is not None and not 1 <= image_size <= 4096:
@@ -86,7 +87,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     elif name == "tinyimagenet":
         data = _tinyimagenet(data_dir, image_size or 64)
     elif name == "imagenet100":
-        data = _imagefolder(data_dir, image_size or 224)
+        data = _imagefolder(data_dir, image_size or 224, labelled=True)
     elif name == "imagefolder":
         data = _imagefolder(data_dir, image_size)
     else:
@@ -133,7 +134,10 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
 def _walk(folder: Path) -> list[Path]:
     """Every image file below `folder`, sorted; linked folders are followed, each real folder once."""
     found, seen = [], set()
-    for root, dirs, files in os.walk(folder, followlinks=True):
+
+    def refused(error):                                         # lest a class vanish
+        raise error
+    for root, dirs, files in os.walk(folder, onerror=refused, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             dirs.clear()
@@ -154,13 +158,14 @@ def _need_folder(folder: Path) -> None:
         raise UsageError(f"There is no folder {folder}; give --data-dir the folder that holds the images.")
 
 
-def _imagefolder(folder: Path, image_size: int | None) -> Dataset:
+def _imagefolder(folder: Path, image_size: int | None, labelled: bool = False) -> Dataset:
     _need_folder(folder)
-    test_folder = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
-    train = _by_class(folder / "train") if (folder / "train").is_dir() and test_folder else {}
-    if not train:                                               # no labelled split: all images, without labels
-        return _decode(folder, {"": _walk(folder)}, None, image_size)
-    return _decode(folder, train, _by_class(test_folder), image_size)
+    splits = {part: _by_class(folder / part) for part in ("train", "test", "val") if (folder / part).is_dir()}
+    if splits.get("train") and len(splits) > 1:
+        return _decode(folder, splits["train"], splits.get("test") or splits.get("val") or {}, image_size)
+    if labelled:
+        raise UsageError(f"{folder} has no labelled images; it needs train/<class>/ and val/<class>/.")
+    return _decode(folder, {"": _walk(folder)}, None, image_size)       # all images, without labels
 
 
 def _tinyimagenet(folder: Path, image_size: int) -> Dataset:
@@ -174,7 +179,10 @@ def _tinyimagenet(folder: Path, image_size: int) -> Dataset:
                          f"unpack tiny-imagenet-200.zip and give its folder as --data-dir.")
     test: dict[str, list[Path]] = {}
     for line in annotations.read_text().splitlines():
-        file, label = line.split("\t")[:2]
+        file, _, rest = line.partition("\t")
+        label = rest.split("\t")[0]
+        if not label:
+            raise UsageError(f"{annotations} is damaged, its line {line!r} names no class; unpack tiny-imagenet-200.zip again.")
         test.setdefault(label, []).append(folder / "val" / "images" / file)
     return _decode(folder, _by_class(folder / "train"), test, image_size)
 
@@ -197,21 +205,34 @@ def _decode(folder: Path, train: dict[str, list[Path]], test: dict[str, list[Pat
                          f"known endings are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     size = image_size or min(224, _first_side([file for file, _ in splits[0]]))
     key = _fingerprint(folder, [file for split in splits for file, _ in split], size)
-    cache = CACHE / f"{re.sub(r'[^A-Za-z0-9]+', '-', folder.resolve().name)}-{size}-{key[:16]}"
-    if not (cache / "meta.json").is_file():
+    place = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+    cache = CACHE / f"{re.sub(r'[^A-Za-z0-9]+', '-', folder.resolve().name)}-{size}-{place[:8]}-{key[:16]}"
+    if not (found := _mapped(cache, size)):
         _fill_cache(cache, splits, size)
+        if not (found := _mapped(cache, size)):
+            raise UsageError(f"{cache} is damaged and cannot be replaced; delete it.")
+    rows, images = found
+    for part, some, there in zip(("train", "test"), images, splits):
+        if some is None and there:
+            raise UsageError(f"No image of the {part} split of {folder} can be read, for instance {there[0][0]}; mend them.")
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [torch.tensor([number[split[row][1]] for row in kept]) if classes else None for split, kept in zip(splits, rows)]
+    files = [str(splits[0][row][0]) for row in rows[0]]
+    return Dataset(images[0], labels[0], images[1], labels[1], classes, key=key, files=files)
+
+
+def _mapped(cache: Path, size: int) -> tuple[list[list[int]], list[Tensor | None]] | None:
+    """Of a cache's two splits the rows that could be read and their images, which stay on disk; None where it is missing, cut
+    short or damaged."""
     try:
         meta = json.loads((cache / "meta.json").read_text())
-        images = [torch.from_file(str(cache / f"{part}.u8"), size=len(rows) * 3 * size * size, dtype=torch.uint8)
-                  .view(-1, 3, size, size) if rows else None
-                  for part, rows in (("train", meta["train"]), ("test", meta["test"]))]
-    except (OSError, RuntimeError, ValueError, KeyError):
-        shutil.rmtree(cache, ignore_errors=True)                # cut short or damaged: decode again
-        return _decode(folder, train, test, image_size)
-    labels = [torch.tensor([classes.index(splits[i][row][1]) for row in meta[part]]) if classes else None
-              for i, part in enumerate(("train", "test"))]
-    files = [str(splits[0][row][0]) for row in meta["train"]]
-    return Dataset(images[0], labels[0], images[1], labels[1], classes, key=key, files=files)
+        rows = [meta["train"], meta["test"]]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")       # nor meant to be
+            return rows, [torch.from_numpy(np.memmap(cache / f"{part}.u8", np.uint8, "r", shape=(len(kept), 3, size, size))) if kept else None
+                          for part, kept in zip(("train", "test"), rows)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _first_side(files: list[Path]) -> int:
@@ -233,9 +254,11 @@ def _read_image(file: Path, size: int) -> np.ndarray | Exception:
     """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
     try:
         with Image.open(file) as image:
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
             if image.mode.startswith("I"):                      # 16 bits, which PIL would cut off at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
+            image = ImageOps.exif_transpose(image).convert("RGB")
         scale = size / min(image.size)
         if scale != 1:
             image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
@@ -251,7 +274,11 @@ def _fill_cache(cache: Path, splits: list, size: int) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     for old in cache.parent.glob(cache.name.rsplit("-", 1)[0] + "-*"):      # the same folder before it changed
         shutil.rmtree(old, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache.parent, prefix=".decoding-"))
+    for old in cache.parent.glob(".decoding-*"):                # of a process that was killed
+        if time.time() - max([old.stat().st_mtime, *(part.stat().st_mtime for part in old.iterdir())]) > 3600:
+            shutil.rmtree(old, ignore_errors=True)
+    scratch = cache.with_name(f".decoding-{socket.gethostname()}-{os.getpid()}")
+    scratch.mkdir(exist_ok=True)
     bad, meta = [], {}
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, \
@@ -339,6 +366,19 @@ def _draw(labels: Tensor, size: int, g: torch.Generator) -> Tensor:
 
 # ---- run folders ----
 
+def records(folder: Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):                   # one that a kill cut short
+            found.append(json.loads(line))
+    return found
+
+
 class RunFolder:
     """`runs/<name>/`: `config.json`, `metrics.jsonl` (a JSON object a line), `checkpoint.pt` and the one before it,
     `encoder.pt`, `test_features.npz`. Under torchrun process 0 alone writes; every process must see the folder. One run
@@ -361,24 +401,14 @@ class RunFolder:
             if old.name == LOCK:
                 continue
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        if not resume or not (self.path / "config.json").exists():
-            save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
+        began = stored_settings(self.path) if resume else {}
+        config = config | began | {key: config[key] for key in config if key == "data_dir"}         # that may have moved
+        save_atomically(self.path / "config.json", lambda out: out.write(json.dumps(config, indent=2).encode()))
 
     def log(self, record: dict) -> None:
         if rank() == 0:
             with open(self.path / "metrics.jsonl", "a") as out:
                 out.write(json.dumps(record) + "\n")
-
-    def records(self) -> list[dict]:
-        try:
-            lines = (self.path / "metrics.jsonl").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        records = []
-        for line in lines:
-            with contextlib.suppress(ValueError):               # the line that a kill cut short
-                records.append(json.loads(line))
-        return records
 
     def finish(self, record: dict, probe_seconds: float) -> dict:
         """Log and say what the run came to. Returns that record."""
@@ -424,7 +454,7 @@ class RunFolder:
 
     def finished(self) -> dict | None:
         """The last record of a run that has come to its end."""
-        last = self.records()[-1:]
+        last = records(self.path)[-1:]
         if not (self.resume and last and "probe_seconds" in last[0]):
             return None
         print(f"{self.path} is finished: there is nothing to go on with.")
@@ -471,7 +501,7 @@ class RunFolder:
             print(f"this run began with {state['config'].get('processes')} processes and goes on with {self.config['processes']}: "
                   f"its end may differ from that of an unbroken run.")
         if rank() == 0:
-            kept = [r for r in self.records() if r.get("step", math.inf) <= step]
+            kept = [r for r in records(self.path) if r.get("step", math.inf) <= step]
             kept.append({"step": step, "resumed": {k: self.config[k] for k in ("commit", "hardware", "started")}})
             kept = [json.dumps(r) + "\n" for r in kept]
             save_atomically(self.path / "metrics.jsonl", lambda out: out.write("".join(kept).encode()))
@@ -672,7 +702,7 @@ def save_results(folder: RunFolder, h: list[Tensor | None], data: Dataset, path:
     if path:
         export(h, data, path)
     if data.test_labels is None:
-        print("These images have no labels: encoder and features are saved, and there is nothing to probe.")
+        print("These images have no labels: their features are saved, and there is nothing to probe.")
         save_features(folder.path / "features.npz", train_features=h[0].half(), files=data.files)
     else:
         save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
@@ -702,11 +732,11 @@ def pixels(images: Tensor) -> Tensor:
     return torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, side).flatten(1) for part in images.split(1000)])
 
 
-def baselines_key(data: Dataset, config, untrained: torch.nn.Module, augmentation) -> str:
+def untrained_key(data: Dataset, config, untrained: torch.nn.Module, augmentation) -> str:
     weights = [*untrained.backbone.parameters(), *untrained.represent.parameters()]
     recipe = (data.key, sum(p.double().abs().sum().item() for p in weights), config.patch_size, config.eval_patches,
-              config.eval_augmentation, str(augmentation), config.seed, config.precision)
-    return f"baselines {recipe}"
+              config.augmentation, config.eval_augmentation, str(augmentation), config.seed, config.precision)
+    return f"untrained {recipe}"
 
 
 def default_name(dataset: str) -> str:
@@ -824,6 +854,9 @@ class _Screen:
         with contextlib.suppress(OSError):
             sys.stderr.flush()
 
+    def __eq__(self, other):                                    # so that tqdm.write clears the bar first
+        return other is sys.stderr
+
     def __getattr__(self, name):
         return getattr(sys.stderr, name)
 
@@ -855,7 +888,7 @@ class RunConfig:
     force: bool = flag(False, "overwrite the run folder")
     resume: str = flag(None, "a run folder, runs/<name>: go on where that run was stopped, with its own settings")
     save_every: float = flag(5.0, "minutes between checkpoints; there is one at each epoch's end besides")
-    eval_only: bool = flag(False, "probe --checkpoint on --dataset, no training")
+    eval_only: bool = flag(False, "probe --checkpoint, or the encoder before any training, on --dataset")
     checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
     ops: bool = flag(False, "say which implementation each op has here, and why, and stop")
     export_features: str = flag(None, "write the features of --dataset's images to this .npz")
@@ -911,7 +944,7 @@ def provenance(device: str) -> dict:
         commit = ""
     program = Path(sys.argv[0]).resolve()
     program = str(program.relative_to(here.resolve())) if program.is_relative_to(here.resolve()) else program.name
-    return {"command": " ".join(["python", program, *sys.argv[1:]]), "commit": commit or "unknown",
+    return {"command": shlex.join(["python", program, *sys.argv[1:]]), "commit": commit or "unknown",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "torchvision": torchvision.__version__},
             "hardware": describe_device(device), "processes": processes(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -948,9 +981,9 @@ def parse_flags(config: type, argv: list[str] | None, description: str):
     flags = {name: value for name, value in flags.items() if value is not unset}
     if "resume" in flags:
         for name in flags:
-            if name not in ("resume", "device", "data_dir", "save_every"):
+            if name not in ("resume", "device", "data_dir", "save_every", "export_features"):
                 raise UsageError(f"--resume goes on with the run's own settings; leave --{name.replace('_', '-')} out "
-                                 f"(--device, --data-dir and --save-every may change).")
+                                 f"(--device, --data-dir, --save-every and --export-features may change).")
         stored = stored_settings(Path(flags["resume"]))
         if "method" in stored and not hasattr(config, "method"):
             raise UsageError(f"{flags['resume']} was begun by baselines.py; go on with python baselines.py --resume {flags['resume']}.")
@@ -981,8 +1014,6 @@ def settings(config, presets: dict):
         config.preset = "laptop" if config.device == "cpu" else "paper"
     if config.precision == "auto":
         config.precision = "bf16" if fast_bf16(config.device) else "float32"
-    if config.eval_only and not config.checkpoint:
-        raise UsageError("--eval-only needs an encoder to probe; name one with --checkpoint runs/<name>/encoder.pt.")
     if config.checkpoint:
         if not (config.eval_only or config.export_features):
             raise UsageError("--checkpoint goes with --eval-only or --export-features; add the one you want.")
@@ -1010,6 +1041,9 @@ def settings(config, presets: dict):
                          f"--eval-augmentation grid.")
     if config.probe_epochs and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.probe_epochs):
         raise UsageError(f"--probe-epochs {config.probe_epochs!r} is no list of epochs; give one such as 1,10.")
+    for path in (config.checkpoint, getattr(config, "warm_last_stage", None)):
+        if path and config.force and config.name and (RUNS / config.name).resolve() in Path(path).resolve().parents:
+            raise UsageError(f"--force would delete {path}, which is in the run folder that it overwrites; choose another --name.")
     if config.name is not None and not re.fullmatch(r"\w[\w.=+-]{0,99}", config.name):
         raise UsageError(f"--name {config.name!r} is no plain folder name; use up to 100 letters, digits and -._=+ only.")
     for name in ("lr", "eps2"):
@@ -1078,7 +1112,7 @@ def keep_freed_memory() -> None:
 
 def check_sizes(config, N: int, H: int, W: int) -> None:
     """Refuse, before anything is written, sizes that do not fit the data or this machine."""
-    n, b, hidden, training = config.patches, config.batch, config.hidden, not config.checkpoint
+    n, b, hidden, training = config.patches, config.batch, config.hidden, not (config.checkpoint or config.eval_only)
     s = max(config.patch_size, *(side for side, _ in size_schedule(config)))
     if s > min(H, W):
         raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
@@ -1107,6 +1141,8 @@ def mistakes_in_one_sentence():
         to_go_on = "".join(f"; to go on: {PROGRAM} --resume {os.path.relpath(folder)}" for folder in _claimed)
         raise Stopped(number, f"stopped; what was written before is kept{to_go_on}")
     before = {number: signal.signal(number, stopped) for number in _signals()}
+    with contextlib.suppress(AttributeError):                   # a log shows each line at once, a file name that is no text too
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         yield
         leave_processes()
@@ -1132,6 +1168,9 @@ def mistakes_in_one_sentence():
         stop(f"error: {error.filename2 or error.filename} cannot be read or written ({error.strerror}); "
              f"what was written before is kept.", 2)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            stop(f"error: This machine's memory does not suffice ({str(error).splitlines()[0].split('DefaultCPUAllocator: ')[-1]}); lower "
+                 f"--batch, --patches or --patch-size.", 2)
         if processes() == 1:
             raise
         stop(f"error: Process {rank()} of {processes()} lost the others and ends ({str(error).splitlines()[0]}); see what they "

@@ -11,6 +11,7 @@
     python report.py --readme                write README.md's tables anew from results/
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import baselines
 import empssl
 import empssl_io as io
 
@@ -29,7 +31,10 @@ import empssl_io as io
 def draw_patches(plt, config: dict, data: io.Dataset, path: Path, rows: int = 6, columns: int = 12) -> None:
     images = data.train_images[torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:rows]]
     rows, _, H, W = images.shape
-    augmentation, _ = empssl.augmentations(empssl.Config(augmentation=config["augmentation"]), H, W)
+    kind, drawn = (baselines.Config, baselines.views) if "method" in config else (empssl.Config, lambda *how: empssl.augmentations(*how)[0])
+    augmentation = drawn(kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)}), H, W)
+    if isinstance(augmentation, list):                              # one for each view
+        augmentation = augmentation * (columns // len(augmentation))
     params = empssl.sample_patches(rows, columns, (H, W), augmentation, empssl.generator(0, "report", 0))
     x = empssl.extract_patches(images, torch.arange(rows), params, config["patch_size"])
     x = ((x + 1) / 2).clamp(0, 1).view(columns, rows, *x.shape[1:]).permute(1, 0, 3, 4, 2)
@@ -88,22 +93,26 @@ README = Path(__file__).parent / "README.md"
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
     try:
-        config = json.loads((run / "config.json").read_text())
-        return config, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        config, records = json.loads((run / "config.json").read_text()), io.records(run)
     except (OSError, ValueError):
-        raise io.UsageError(f"{run} is no run's folder; give one, for instance: python report.py runs/demo")
+        records = []
+    if not records:
+        raise io.UsageError(f"{run} is no run's folder, or of a run that has nothing to show yet; give another, such as runs/demo.")
+    return config, records
 
 
 def keep_record(run: Path, folder: str = ".", name: str | None = None) -> None:
     config, records = read_run(run)
     if "linear_top1" not in records[-1]:
         raise io.UsageError(f"{run} has not been probed to its end; there is nothing to keep.")
+    if folder == "." and "patches_seen" not in records[-1]:
+        raise io.UsageError(f"{run} was not trained, only probed; name a folder of results/ to keep it in.")
     path = RESULTS / folder / f"{name or run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     resumed = [r["resumed"] | {"step": r["step"]} for r in records if "resumed" in r]
     seen = [r for r in records[:-1] if "linear_top1" in r]                      # at --probe-epochs
     record = {"name": name or run.name} | config | ({"resumed": resumed} if resumed else {}) | ({"seen": seen} if seen else {}) | {"metrics": records[-1]}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    io.save_atomically(path, lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))
     if (run / "tsne.png").is_file():                                # where it has been drawn
         shutil.copyfile(run / "tsne.png", path.with_suffix(".png"))
     print(f"kept as {path}")
@@ -180,7 +189,9 @@ def peers_records() -> dict[str, dict[str, list[dict]]]:
     the rest from the record of its encoder's training."""
     found = {}
     for path in sorted((RESULTS / "peers").glob("*.json")):
-        name, kind, seed = re.fullmatch(r"(.*)-(1-epoch|equal-seconds|trained)-seed(\d+)", path.stem).groups()
+        if not (parts := re.fullmatch(r"(.*)-(1-epoch|equal-seconds|trained)-seed(\d+)", path.stem)):
+            continue
+        name, kind, _ = parts.groups()
         record = json.loads(path.read_text())
         if encoder := record["metrics"].get("checkpoint"):
             trained = json.loads(path.with_name(Path(encoder).parent.name.removeprefix("peers-") + ".json").read_text())
@@ -194,7 +205,7 @@ def at_equal_seconds(kinds: dict[str, list[dict]], seconds: dict[int, float]) ->
     """Of each seed the run of as many epochs as fit EMP-SSL's seconds, or the one epoch that does; none that is a third away."""
     longer = {r["seed"]: r for r in kinds.get("equal-seconds", ())}
     runs = [longer.get(r["seed"], r) for r in kinds["1-epoch"]]
-    return [r for r in runs if 2 / 3 <= r["metrics"]["train_seconds"] / seconds.get(r["seed"], float("inf")) <= 3 / 2]
+    return [r for r in runs if 2 / 3 <= r["metrics"].get("train_seconds", 0) / seconds.get(r["seed"], float("inf")) <= 3 / 2]
 
 
 def spread(records: list[dict], key: str) -> str:
@@ -210,9 +221,9 @@ def peers_table() -> str:
     found = peers_records()
     seconds = {r["seed"]: r["metrics"]["train_seconds"] for r in found.get("empssl", {}).get("1-epoch", ())}
     methods = [name for name in found if "-" not in name or name.startswith("simclr-noise") or name.startswith("simclr-one")]
-    for name in sorted(found, key=lambda name: (name not in methods, name.split("-")[0] != "empssl", name)):
+    for name in sorted(found, key=lambda name: (name not in methods, name.split("-")[0] != "empssl", name == "untrained", name)):
         one, equal = found[name]["1-epoch"], at_equal_seconds(found[name], seconds)
-        mean = lambda records, key: sum(r["metrics"][key] for r in records) / len(records)
+        mean = lambda records, key: sum(r["metrics"].get(key, 0) for r in records) / len(records)
         accuracies = lambda records: " | ".join(spread(records, key) for key in ("linear_top1", "representation_top1", "knn_top1"))
         paper = " / ".join(f"{x:.3f}" for x in PAPER[name]) if name in PAPER else ""
         epochs = " or ".join(str(e) for e in sorted({r["epochs"] for r in equal}))
@@ -220,8 +231,7 @@ def peers_table() -> str:
         rows.append(f"| {name} | {len(one)} | {accuracies(one)} | {mean(one, 'patches_seen'):,.0f} | "
                     f"{mean(one, 'patches_seen') / (one[0]['patches'] * one[0]['batch']):.0f} | {mean(one, 'train_seconds'):.0f} | "
                     f"{there} | {paper} |")
-    first = found.get("empssl", {}).get("1-epoch")
-    return "\n".join(rows + ([f"| untrained encoder | {len(first)} | {spread(first, 'untrained_top1')} |" + " |" * 11] if first else []))
+    return "\n".join(rows)
 
 
 def draw_peers() -> None:
@@ -231,6 +241,7 @@ def draw_peers() -> None:
     if not found:
         print("no method has a record in results/peers yet: nothing drawn")
         return
+    untrained = peers_records().get("untrained", {}).get("1-epoch")
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
     accuracies = {"linear_top1": "linear probe, top-1", "representation_top1": "the same, of the representation alone"}
@@ -240,9 +251,8 @@ def draw_peers() -> None:
             points = [[sum(r["metrics"][k] for r in records) / len(records) for k in (key, accuracy)] for records in kinds.values()]
             style = dict(marker="*", markersize=14, linewidth=0) if name == "empssl" else dict(marker="o", markersize=4)
             ax.plot(*zip(*sorted(points)), label=name, **style)
-        if accuracy == "linear_top1":
-            untrained = next(iter(found.values()))["1-epoch"][0]["metrics"]["untrained_top1"]
-            ax.axhline(untrained, color="grey", linestyle=":", label="untrained encoder")
+        if untrained:
+            ax.axhline(float(spread(untrained, accuracy).split()[0]), color="grey", linestyle=":", label="untrained encoder")
         ax.set_xscale("log")
         ax.xaxis.set(major_locator=plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)), minor_locator=plt.matplotlib.ticker.NullLocator(),
                      major_formatter=lambda x, _: f"{x:,.0f}")

@@ -11,7 +11,7 @@
 # bash reproduce.sh speed      the official way, presets paper and fast on one GPU: patches/s, a step's parts, seconds to 80, 85, 90 %
 #                              (--search: the tries for preset fast; --rehearse: small, and on a CPU)
 # bash reproduce.sh figures    README's tables and pictures anew, from results/
-# bash reproduce.sh all        all of these, one after the other
+# bash reproduce.sh all        those that need no folder of yours, one after the other
 # bash reproduce.sh gpu        on a machine with a GPU: the ops' and a training step's tests, compute-sanitizer, the ops' benchmark, a step's parts
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
 # else .venv is made here, on top of that Python's torch and torchvision if it has them.
@@ -43,14 +43,14 @@ case $command in
 main)
     setup figures matplotlib sklearn
     if "$PY" -c "import empssl_io as io; io.load_dataset('cifar10')" 2> /dev/null; then
-        dataset=cifar10 recipe=()
+        dataset=cifar10 recipe=
         echo "CIFAR-10 is at hand: training on it"
     else
-        dataset=shapes recipe=(--augmentation paper --batch 50)     # few images: more steps, colour must not name them
+        dataset=shapes recipe="--augmentation paper --batch 50"     # few images: more steps, colour must not name them
         echo "CIFAR-10 is not in data/ and cannot be downloaded: training on shapes, drawn in memory"
     fi
     name=$dataset-$(date +%Y%m%d-%H%M%S)
-    "$PY" empssl.py --dataset "$dataset" "${recipe[@]}" --name "$name"
+    "$PY" empssl.py --dataset "$dataset" $recipe --name "$name"
     "$PY" report.py "runs/$name"
     ;;
 test|test-long)

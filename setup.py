@@ -10,6 +10,7 @@ With no C++ compiler the install goes on without the ops; every op then runs as 
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,8 @@ def say(sentence: str) -> None:
 
 
 def find_cxx() -> str | None:
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]        # one may be "ccache g++"
+    return next((name for name in wanted if shutil.which(name.split()[0])), None)
 
 
 def find_cuda() -> Path | None:
@@ -60,14 +61,19 @@ def wants_cuda() -> bool:
 
 def needs_cuda_wheels() -> bool:
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
-    return wants_cuda() and not find_cuda() and bool(find_cxx()) and (os.environ.get("EMPSSL_CUDA") == "1" or bool(driver))
+    return wants_cuda() and "build_ext" not in sys.argv and not find_cuda() and bool(find_cxx()) and (os.environ.get("EMPSSL_CUDA") == "1" or bool(driver))
 
 
 def architectures(nvcc: Path) -> list[int]:
     if chosen := os.environ.get("EMPSSL_ARCHS"):
-        return sorted(int(a) for a in chosen.replace(",", " ").split())
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    return [a for a in ARCHITECTURES if f"sm_{a}" in known]
+        archs = chosen.replace(",", " ").replace(".", "").split()
+        if not all(a.isdecimal() for a in archs):
+            raise SystemExit(f"EMPSSL_ARCHS is {chosen!r}; give numbers such as 80 90.")
+        return sorted(map(int, archs))
+    asked = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    if asked.returncode:
+        raise BuildError(asked.stderr)
+    return [a for a in ARCHITECTURES if f"sm_{a}" in asked.stdout.split()]
 
 
 class BuildError(Exception):
@@ -99,7 +105,7 @@ class NinjaBuild(build_ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+        include = " ".join("-I" + shlex.quote(path).replace("$", "$$") for path in (pybind11.get_include(), sysconfig.get_path("include")))
         flags = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall {os.environ.get('CXXFLAGS', '')}"
         objects, edges = [], []
 
@@ -123,7 +129,7 @@ class NinjaBuild(build_ext):
             archs = architectures(cuda / "bin" / "nvcc")
             code = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
             code += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-            rules += (f"rule nvcc\n  command = {cuda}/bin/nvcc -MD -MF $out.d -O3 -std=c++17 -ccbin {cxx} --threads 2 {code} "
+            rules += (f"rule nvcc\n  command = {cuda}/bin/nvcc -MD -MF $out.d -O3 -std=c++17 -ccbin {cxx.split()[-1]} --threads 2 {code} "
                       f"-Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out\n  depfile = $out.d\n")
             compile("nvcc", "patches_cuda.cu", "patches_cuda")
             compile("nvcc", "logdet_cuda.cu", "logdet_cuda")

@@ -81,6 +81,7 @@ def ablation() -> list[Run]:
 # ---- peers: on a CPU preset laptop, 15,000 images, so that one epoch of EMP-SSL takes three minutes on two cores ----
 
 METHODS = {                     # each on EMP-SSL's patches; ReSSL's second view and noise alone have their crop alone
+    "untrained": "--eval-only",
     "empssl": "--patches 20",
     "simclr": "--method simclr --augmentation {ours}",
     "simclr-one-negative": "--method simclr --augmentation {ours} --negatives 1",
@@ -133,7 +134,7 @@ def announce_peers(seeds: int, here: Path) -> None:
     an_epoch = (config.subset or 50_000) * config.patches / patches_per_second(config)
     names = [f"{name}-1-epoch-seed{seed}" for name, _, seed in peers_recipes(seeds)]
     left = [name for name in names if not (here / f"{name}.json").exists()]
-    print(f"peers: {len(METHODS)} methods of {seeds} seeds and {len(PEERS_ABLATIONS)} ablations, each for one epoch and, where that is shorter, "
+    print(f"peers: {len(METHODS) - 1} methods of {seeds} seeds and {len(PEERS_ABLATIONS)} ablations, each for one epoch and, where that is shorter, "
           f"for the {io.human_time(an_epoch)} of EMP-SSL's; {len(left)} of {len(names)} to come, about "
           f"{io.human_time(1.1 * an_epoch * len(left))} of training on {io.describe_device('cuda' if GPU else 'cpu')}, and probing", flush=True)
 
@@ -146,7 +147,7 @@ def peers(seeds: int, start) -> None:
     for name, flags, seed in peers_recipes(seeds):
         recipe = f"{bench} {flags.format(ours=ours)} --seed {seed}"
         if "--eval-only" in flags:
-            start(Run(f"{name}-1-epoch-seed{seed}", recipe, after=f"empssl-1-epoch-seed{seed}"))
+            start(Run(f"{name}-1-epoch-seed{seed}", recipe, after="" if name == "untrained" else f"empssl-1-epoch-seed{seed}"))
             continue
         if "--subset" in flags:                                     # to train on; probed on all, as the others
             start(Run(f"{name}-trained-seed{seed}", f"{recipe} --epochs 1"))

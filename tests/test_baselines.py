@@ -1,8 +1,11 @@
 """The peers' objectives: values by hand, gradients, invariances, what gets a gradient and what moves."""
 
+import dataclasses
 import itertools
+import json
 import math
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -469,8 +472,36 @@ def test_published_settings():
 
 def test_half_precision_embeddings_are_compared_in_float32():
     for objective in (SimCLR(0.2), VICReg(), SwAV(8, 0.1, prototypes=5, queue=8)):
-        z = torch.randn(2, 4, 8)
-        assert objective(z.bfloat16()).dtype == torch.float32
+        z = torch.randn(2, 4, 8).bfloat16()
+        torch.testing.assert_close(objective(z), objective(z.float()))
+
+
+def test_flags_reach_the_objectives():
+    data = io.load_dataset("shapes", subset=64)
+    objective = lambda name, **settings: baselines.method(config(name, **settings), data)[1]
+    simclr = objective("simclr", negatives=3, temperature=0.7, seed=5)
+    assert (simclr.negatives, simclr.temperature, simclr.seed) == (3, 0.7, 5)
+    single = objective("single", bank_start="random", bank_update="average", bank_momentum=0.9, distillation=2.0, temperature=0.3, seed=5)
+    assert (single.start, single.update, single.momentum, single.distillation, single.temperature, single.others, single.seed) \
+        == (None, "average", 0.9, 2.0, 0.3, 20, 5)
+    assert objective("single").start is not None and objective("single").update == "gradient"
+    assert objective("byol", epochs=3).steps == 6                               # 64 images in batches of 32
+    assert objective("swav", temperature=0.7).temperature == objective("ressl", temperature=0.7).temperature == 0.7
+    encoder, _, _ = baselines.method(config("single", cutmix=0.3), data)
+    assert encoder.cutmix == 0.3 and baselines.method(config("simclr"), data)[0].cutmix == 0
+
+
+def test_empssl_here_is_empssl_itself():
+    assert baselines.PUBLISHED["empssl"] == {key: getattr(empssl.Config(), key) for key in ("optimizer", "eta", "weight_decay")}
+
+
+@pytest.mark.parametrize("name", ["byol", "swav"])
+def test_training_moves_what_the_objective_learns(name):
+    images, c = io.load_dataset("shapes", subset=64).train_images, config(name)
+    encoder, objective, augmentation = baselines.method(c, SimpleNamespace(train_images=images))
+    learned = [(p, F.normalize(p.detach().clone(), dim=-1)) for p in objective.parameters() if p.requires_grad and p.ndim == 2]
+    empssl.train(encoder, images, c, augmentation, objective=objective)
+    assert learned and all((F.normalize(p, dim=-1) - before).abs().max() > 1e-5 for p, before in learned)
 
 
 def test_noise_is_there_in_training_alone():
@@ -568,6 +599,10 @@ def test_a_last_stage_is_added_and_what_is_below_it_stays(in_tmp, short_runs, ca
     assert short["weights"]["represent.0.weight"].shape == (16, 128) and warm["weights"]["represent.0.weight"].shape == (16, 384)
     below = [k for k in short["weights"] if k.startswith("backbone.") and "batches" not in k]
     assert len(below) == 15 and all(torch.equal(short["weights"][k], warm["weights"][k]) for k in below)
+    fresh = empssl.new_encoder(empssl.Config(**{f.name: json.loads(Path("runs/warm/config.json").read_text())[f.name]
+                                                for f in dataclasses.fields(empssl.Config)}), io.load_dataset("shapes", subset=60).train_images)
+    above = [k for k, p in fresh.state_dict().items() if k not in below and k.endswith(".weight") and p.ndim > 1]
+    assert len(above) > 8 and not any(torch.equal(fresh.state_dict()[k], warm["weights"][k]) for k in above)
     with pytest.raises(SystemExit) as stop:
         baselines.main([*run, "--warm-last-stage", "runs/warm/encoder.pt", "--name", "again"])
     assert stop.value.code == 2 and "is no encoder of --drop-last-stage" in capsys.readouterr().err
@@ -584,6 +619,12 @@ def test_the_yardstick_sees_the_labels(in_tmp):
     assert torch.load("runs/demo/encoder.pt", weights_only=True)["architecture"]["dim"] == 10
     with pytest.raises(io.UsageError, match="labelled images"):
         baselines.method(config("supervised"), SimpleNamespace(train_images=torch.zeros(8, 3, 32, 32), train_labels=None))
+
+
+def test_empssl_learns(in_tmp):
+    record = baselines.main(["--method", "empssl", "--dataset", "shapes", "--subset", "2000", "--preset", "laptop", "--device", "cpu", "--patches", "20",
+                             "--augmentation", "paper", "--batch", "50", "--eval-patches", "4", "--eval-augmentation", "grid", "--name", "demo"])
+    assert record["linear_top1"] > record["untrained_top1"] + 0.05
 
 
 @pytest.mark.parametrize("arguments", [["--augmentation", "paper", "--negatives", "1"], ["--augmentation", "noise", "--noise", "0.5"]], ids=["one-negative", "noise"])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 import urllib.error
 
 import numpy as np
@@ -49,6 +50,60 @@ def test_labelled_folder(folder):
 def test_val_is_a_test_split_too(folder):
     (folder / "test").rename(folder / "val")
     assert load_dataset("imagefolder", folder).test_labels.tolist() == [0, 1]
+
+
+def test_a_test_folder_without_classes_gives_way_to_val(folder):
+    (folder / "test").rename(folder / "val")
+    picture(folder / "test" / "unlabelled.png")
+    assert load_dataset("imagefolder", folder).test_labels.tolist() == [0, 1]
+
+
+def test_imagenet100_is_labelled_or_refused(folder):
+    (folder / "test").rename(folder / "validation")
+    with pytest.raises(UsageError, match="val/<class>"):
+        load_dataset("imagenet100", folder)
+
+
+def test_a_split_of_which_nothing_can_be_read(in_tmp):
+    for i in range(300):
+        picture(in_tmp / "set" / "train" / "a" / f"{i}.png", size=(4, 4))
+    (in_tmp / "set" / "test" / "a").mkdir(parents=True)
+    (in_tmp / "set" / "test" / "a" / "0.png").write_bytes(b"")
+    for _ in range(2):                                              # decoded, then from the cache
+        with pytest.raises(UsageError, match="No image of the test split"):
+            load_dataset("imagefolder", in_tmp / "set")
+
+
+def test_folders_of_one_name_have_caches_of_their_own(in_tmp, monkeypatch):
+    for i, place in enumerate(("a", "b")):
+        picture(in_tmp / place / "images" / "0.png", 100 * i)
+        load_dataset("imagefolder", in_tmp / place / "images")
+    monkeypatch.setattr(io, "_read_image", lambda *_: pytest.fail("decoded again"))
+    assert [brightness(load_dataset("imagefolder", in_tmp / place / "images").train_images) for place in ("a", "b")] == [[0], [100]]
+
+
+def test_what_a_killed_decoding_left_is_cleared_away_later(folder):
+    for name, age in (("old", 7200), ("new", 60)):
+        (io.CACHE / f".decoding-{name}").mkdir(parents=True)
+        (io.CACHE / f".decoding-{name}" / "train.u8").write_bytes(b"some")
+        for path in (io.CACHE / f".decoding-{name}" / "train.u8", io.CACHE / f".decoding-{name}"):
+            os.utime(path, (time.time() - age,) * 2)
+    load_dataset("imagefolder", folder)
+    assert [path.name for path in io.CACHE.glob(".decoding-*")] == [".decoding-new"]
+
+
+def test_images_are_turned_as_the_camera_says_and_floats_are_refused(in_tmp, capsys):
+    for i in range(120):
+        picture(in_tmp / "set" / f"{i:03}.png", size=(20, 20))
+    half = Image.fromarray(np.repeat(np.array([[0], [250]], np.uint8), 20, 0).repeat(40, 1))        # dark above, bright below
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                # upside down
+    half.save(in_tmp / "set" / "aa.png", exif=exif)
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(in_tmp / "set" / "ab.tif")
+    data = load_dataset("imagefolder", in_tmp / "set", image_size=20)
+    turned = data.train_images[data.files.index(str(in_tmp / "set" / "aa.png"))].float()
+    assert turned[:, :8].mean() > 240 and turned[:, 12:].mean() < 10
+    assert "ab.tif (its pixels are floating-point" in capsys.readouterr().out
 
 
 def test_plain_images_have_no_labels(in_tmp):
@@ -156,6 +211,9 @@ def test_tinyimagenet(in_tmp):
     data = load_dataset("tinyimagenet", in_tmp)
     assert data.train_images.shape == (2, 3, 64, 64) and data.train_labels.tolist() == [0, 1]
     assert data.test_labels.tolist() == [1] and brightness(data.test_images) == [30]
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\nval_1.JP")
+    with pytest.raises(UsageError, match="'val_1.JP' names no class"):
+        load_dataset("tinyimagenet", in_tmp)
     (root / "val" / "val_annotations.txt").unlink()
     with pytest.raises(UsageError, match="val_annotations"):
         load_dataset("tinyimagenet", in_tmp)

@@ -138,13 +138,12 @@ def test_other_dtypes(dtype):
 
 
 def test_chunks_do_not_show():
-    """Three hundred patches run through several chunks; each alone runs through one."""
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    params = sample_patches(2, 150, (32, 32), Augmentation())
-    whole = extract_patches(images, torch.arange(2), params, 32).view(150, 2, 3, 32, 32)
-    for i in (0, 31, 32, 33, 149):
-        torch.testing.assert_close(whole[i], extract_patches(images, torch.arange(2), params[i:i + 1], 32), atol=1e-6,
-                                   rtol=1e-6)
+    """Three hundred patches of the reference run through three chunks of 128; each alone runs through one."""
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    params = sample_patches(3, 100, (32, 32), Augmentation())
+    whole = extract_patches_ref(images, torch.arange(3), params, 64).view(100, 3, 3, 64, 64)
+    for i in (0, 42, 43, 85, 99):
+        torch.testing.assert_close(whole[i], extract_patches_ref(images, torch.arange(3), params[i:i + 1], 64), atol=1e-6, rtol=1e-6)
 
 
 def test_no_patches():
@@ -225,6 +224,7 @@ def test_area_and_ratio():
     fits = (c["width"] < 300) & (c["height"] < 200)
     assert_uniform(ratio.log()[fits & (area < 0.32)], math.log(0.49), math.log(2.04))
     assert 0.19 < area.min() and area.max() < 0.61
+    assert_uniform(area[(area > 0.2) & (area < 0.32)], 0.2, 0.32)   # of area, not of side
     assert (c["top"] + c["height"] <= 200).all() and (c["left"] + c["width"] <= 300).all()
 
 

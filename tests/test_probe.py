@@ -1,5 +1,8 @@
 """Embedding and probes."""
 
+import inspect
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,18 +35,13 @@ def test_random_labels_give_chance():
     assert 0.06 < knn_probe(x, y, u, v) < 0.14
 
 
-def test_the_last_epoch_is_the_result_and_the_seed_repeats_it():
-    train, test = blobs(333, spread=2, seed=1), blobs(300, spread=2, seed=2)
-    assert linear_probe(*train, *test, epochs=3) == linear_probe(*train, *test, epochs=3)
-
-
-def test_the_probe_follows_the_official_recipe():
-    """torch's own linear layer, cross-entropy, SGD and cosine, last partial batch included, give the same accuracy."""
+def test_the_probe_follows_the_official_recipe(monkeypatch):
+    """torch's own linear layer, cross-entropy, SGD and cosine, last partial batch included, give the same answers at the end."""
     (x, y), (u, v) = blobs(250, spread=2.5, seed=1), blobs(400, spread=2.5, seed=2)
-    epochs = 4
+    epochs, lr = 4, 0.5                                             # large, so that a weight decay of 5e-5 shows
     torch.manual_seed(0)
     layer = torch.nn.Linear(20, 10)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9, weight_decay=5e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         for index in torch.randperm(250, generator=generator(0, "probe", epoch)).split(100):
@@ -51,8 +49,12 @@ def test_the_probe_follows_the_official_recipe():
             F.cross_entropy(layer(x[index]), y[index]).backward()
             optimizer.step()
         schedule.step()
-    logits = layer(u)
-    top1, top5 = linear_probe(x, y, u, v, epochs=epochs)
+    logits, products = layer(u), []
+    monkeypatch.setattr(io, "sum_over_processes", lambda x: products.append(x) or x)
+    top1, top5 = linear_probe(x, y, u, v, epochs=epochs, lr=lr)
+    torch.testing.assert_close(products[-1], u @ layer.weight.T, rtol=1e-4, atol=1e-5)
+    assert linear_probe(x, y, u, v, epochs=epochs, lr=lr) == (top1, top5)
+    assert [inspect.signature(linear_probe).parameters[name].default for name in ("epochs", "batch", "lr")] == [100, 100, 0.03]
     assert 0.15 < top1 < 0.95
     assert top1 == pytest.approx((logits.argmax(1) == v).float().mean().item(), abs=0.0026)     # a tie may turn
     assert top5 == pytest.approx((logits.topk(5).indices == v[:, None]).any(1).float().mean().item(), abs=0.0026)
@@ -68,6 +70,20 @@ def test_knn_by_hand():
     assert knn_probe(train, y, query, torch.tensor([0])) == 0
     assert knn_probe(train, y, query, torch.tensor([0]), temperature=1e3) == 1          # unweighted, three beat two
     assert knn_probe(train, y, query, torch.tensor([1]), k=2, temperature=1e3) == 1
+    train[y == 0] *= 10                                             # by angle, however long
+    assert knn_probe(train, y, query, torch.tensor([1])) == 1
+
+
+def test_knn_weighs_twenty_neighbours_as_published():
+    """Cosines of 1 once and 0.9 four times: exp(0.1 / T) is 4.2 at the official T of 0.07 and 3.8 at 0.075. Of the 21 nearest the last
+    does not vote."""
+    angle = torch.tensor([0.0] + [math.acos(0.9)] * 4)
+    train, y = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([1, 0, 0, 0, 0])
+    vote = lambda train, y, **how: knn_probe(train, y, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), **how)
+    assert vote(train, y) == 1 and vote(train, y, temperature=0.075) == 0
+    many = torch.tensor([[1.0, 0.0]] * 11 + [[0.99999, 0.00447]] * 11)
+    y = torch.tensor([1] * 10 + [0] * 11)
+    assert vote(many[1:], y) == 1 and vote(many[1:], y, k=21) == 0
 
 
 def test_the_representations_own_figures_are_of_the_last_columns(monkeypatch):
@@ -166,13 +182,12 @@ def test_the_sign_of_progress_is_of_the_features_that_are_probed(how, encoder, m
     data = io.Dataset(images, labels, None, None, [], "")
     _, at_eval = empssl.augmentations(config, 32, 32)
     seen = []
-    monkeypatch.setattr(empssl, "knn_probe", lambda train, *rest: seen.append(train) or 0.0)
+    monkeypatch.setattr(empssl, "knn_probe", lambda *arguments: seen.extend(arguments) or 0.0)
     empssl.holdout_knn(encoder, data, config, at_eval)
-    rows = torch.randperm(60, generator=generator(0, "holdout", 0))[10:]
+    rows = torch.randperm(60, generator=generator(0, "holdout", 0))
     h = embed(encoder, images[rows], config.eval_patches, at_eval, 0, "float32", how == "maps")[:, -config.hidden:]
-    assert len(seen) == 1 and seen[0].shape == h.shape
-    if how != "train":                                              # patches of their own for each set of images
-        torch.testing.assert_close(seen[0], h, atol=1e-5, rtol=1e-5)
+    expected = h[10:], labels[rows][10:], h[:10], labels[rows][:10]
+    assert len(seen) == 4 and all(torch.allclose(ours, theirs.to(ours), atol=1e-5) for ours, theirs in zip(seen, expected))
 
 
 def test_evaluation_and_a_new_encoder_leave_the_callers_chance_alone(encoder):
@@ -181,6 +196,49 @@ def test_evaluation_and_a_new_encoder_leave_the_callers_chance_alone(encoder):
     embed(encoder, images, patches=4), embed(encoder, images, 2, Augmentation())
     empssl.new_encoder(empssl.Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4), images)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_new_encoder_is_a_matter_of_its_seed_and_whitened():
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    new = lambda seed: empssl.new_encoder(empssl.Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4, seed=seed), images)
+    a, b, c = ([p.detach().clone() for p in new(seed).parameters()] for seed in (0, 0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(a, b)) and not any(torch.equal(p, q) for p, q in zip(a, c) if p.ndim > 1)
+    assert torch.equal(a[0][27:54], -a[0][:27])
+
+
+def test_an_untrained_encoder_has_the_statistics_of_training_patches():
+    """The first BatchNorm's, of grey images of one brightness each: jittered, so darker and lighter than they are."""
+    images = torch.full((64, 3, 32, 32), 100, dtype=torch.uint8)
+    config = empssl.Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4, augmentation="light")
+    encoder = empssl.settled(empssl.new_encoder(config, torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)), images, config)
+    (convolution, norm), params = encoder.backbone[:2], sample_patches(64, 100, (32, 32), empssl.augmentations(config, 32, 32)[0])
+    with torch.no_grad():
+        x = convolution(extract_patches(images, torch.arange(64), params, 16))
+    wide = x.var((0, 2, 3)) > 0.01 * x.var((0, 2, 3)).max()
+    torch.testing.assert_close(norm.running_mean[wide], x.mean((0, 2, 3))[wide], rtol=0.2, atol=0.1 * x.std().item())
+    torch.testing.assert_close(norm.running_var[wide], x.var((0, 2, 3))[wide], rtol=0.2, atol=0)
+
+
+def test_what_untrained_is_remembered_by():
+    """Whatever the features of an untrained encoder come from."""
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    data = io.Dataset(images, None, None, None, [], "some")
+
+    def key(data=data, at_eval=None, **settings):
+        how = dict(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4, precision="float32", augmentation="light",
+                   eval_augmentation="grid", eval_patches=4)
+        config = empssl.Config(**how | settings)
+        return io.untrained_key(data, config, empssl.new_encoder(config, images), at_eval)
+    others = [key(data._replace(key="other")), key(at_eval=Augmentation())]
+    others += [key(**{name: value}) for name, value in dict(seed=1, patch_size=8, eval_patches=9, eval_augmentation="train", augmentation="paper",
+                                                            precision="bf16", hidden=9, drop_last_stage=True).items()]
+    assert key() == key(lr=5.0, projector=9) and len({key(), *others}) == 11
+
+
+def test_raw_pixels_are_the_images_own():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(io.pixels(images), (images / 127.5 - 1).flatten(1))
+    assert io.pixels(images.repeat_interleave(2, 2).repeat_interleave(2, 3)).sub(io.pixels(images)).abs().max() < 1e-5
 
 
 def test_a_new_encoder_of_large_images_is_finite():

@@ -1,15 +1,16 @@
 """What the project says of itself: the README's commands and tables, its pictures, the file that is read."""
 
+import dataclasses
 import json
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+import baselines
 import empssl
 import empssl_io as io
 import report
@@ -26,7 +27,7 @@ def test_the_readmes_commands_parse(in_tmp):
     assert len(python) >= 6
     for command in python:
         if "--resume" in command:
-            io.RunFolder(command[-1], asdict(empssl.Config()))
+            io.RunFolder(command[-1], dataclasses.asdict(empssl.Config()))
         config = io.parse_flags(empssl.Config, command[2:], "")
         assert config.dataset in io.DATASETS
     scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
@@ -119,5 +120,24 @@ def test_a_kept_record_fills_the_table(in_tmp, monkeypatch):
     (run / "metrics.jsonl").write_text(json.dumps(dict(linear_top1=0.5, knn_top1=0.4, untrained_top1=0.3, raw_pixels_top1=0.2,
                                                        patches_seen=1000, train_seconds=9.0, probe_seconds=3.0, peak_memory=2 ** 31)) + "\n")
     report.main(["--record", str(run)])
-    row = report.runs_table().splitlines()[-1]
-    assert all(part in row for part in ("birds", "0.500", "1,000", "abacus", "2.0 GiB", "results/one.json"))
+    assert report.runs_table().splitlines()[-1] == ("| birds | laptop | 1 | 1,000 | 9 s | 3 s | 2.0 GiB | 0.500 | not measured | 0.400 | 0.300 "
+                                                    "| 0.200 | abacus | 3 | [one](results/one.json) |")
+    (run / "metrics.jsonl").write_text(json.dumps(dict(linear_top1=0.5)) + "\n{")      # probed alone; a line cut short
+    with pytest.raises(io.UsageError, match="only probed"):
+        report.main(["--record", str(run)])
+
+
+def test_the_patches_in_a_picture_are_drawn_as_the_method_draws_them(monkeypatch):
+    class Drawn(Exception):
+        pass
+
+    def sample_patches(rows, columns, size, augmentation, generator):
+        raise Drawn(columns, augmentation)
+    monkeypatch.setattr(empssl, "sample_patches", sample_patches)
+    config, data = baselines.Config(method="byol", augmentation="byol", patch_size=16), io.load_dataset("shapes")
+    with pytest.raises(Drawn) as drawn:
+        report.draw_patches(None, dataclasses.asdict(config), data, None)
+    assert drawn.value.args == (12, baselines.views(config, 32, 32) * 6)
+    with pytest.raises(Drawn) as drawn:
+        report.draw_patches(None, dataclasses.asdict(empssl.Config(augmentation="light", patch_size=16)), data, None)
+    assert drawn.value.args == (12, empssl.augmentations(empssl.Config(augmentation="light"), 32, 32)[0])

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +56,15 @@ TEN_LOSSES = [-6.5651, -6.3311, -6.9264, -6.985, -6.6423, -6.4765, -6.7356, -6.6
 
 
 def test_one_step_by_hand(monkeypatch):
-    """The first step's loss and weights from the public pieces alone."""
-    encoder, images, config = tiny_training(steps=1)
+    """The first step's weights from the public pieces alone, no setting its default."""
+    encoder, images, config = tiny_training(steps=1, seed=3, eps2=0.5, eta=0.05, weight_decay=0.1)
     torch.manual_seed(5)
     ours = Encoder("small", 16, hidden=16, projector=16, dim=8)
-    order = torch.randperm(len(images), generator=empssl.generator(0, "order", 0))[:8]
-    params = empssl.sample_patches(8, 3, (32, 32), Augmentation(), empssl.generator(0, "patches", 0))
+    order = torch.randperm(len(images), generator=empssl.generator(3, "order", 0))[:8]
+    params = empssl.sample_patches(8, 3, (32, 32), Augmentation(), empssl.generator(3, "patches", 0))
     z = ours(empssl.extract_patches(images, order, params, 16)).view(3, 8, 8)
-    empssl.empssl_loss(z, config.lam, config.eps2).backward()
-    empssl.LARS(ours.parameters(), lr=config.lr).step()
+    empssl.empssl_loss(z, config.lam, 0.5).backward()
+    empssl.LARS(ours.parameters(), lr=config.lr, eta=0.05, weight_decay=0.1).step()
     train(encoder, images, config, Augmentation())
     for a, b in zip(encoder.parameters(), ours.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -78,10 +79,13 @@ def test_two_runs_with_one_seed_end_in_equal_weights():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_training_lowers_the_loss(monkeypatch):
-    encoder, images, config = tiny_training(steps=4, epochs=8)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_training_lowers_the_loss(precision, monkeypatch):
+    encoder, images, config = tiny_training(steps=4, epochs=8, precision=precision)
     losses = losses_of(encoder, images, config, monkeypatch)
     assert len(losses) == 32 and np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.25
+    h, exact = (empssl.embed(encoder, images, 4, precision=how) for how in (precision, "float32"))
+    assert h.dtype == torch.float32 and 0.99 < torch.nn.functional.cosine_similarity(h, exact).min() and torch.equal(h, exact) == (precision == "float32")
 
 
 def test_an_epoch_shows_every_image_once_and_the_cosine_ends_at_zero(monkeypatch):
@@ -131,7 +135,7 @@ def test_optimizers(name, kind):
     optimizer = empssl.new_optimizer(Config(optimizer=name, lr=0.25, weight_decay=0.5, eta=0.01), [p])
     group = optimizer.param_groups[0]
     assert type(optimizer) is kind and group["lr"] == 0.25 and group["weight_decay"] == 0.5
-    assert group.get("eta", 0.01) == 0.01 and group.get("momentum", 0.9) == 0.9
+    assert group.get("eta", 0.01) == 0.01 and group.get("momentum", 0.9) == 0.9 and group.get("nesterov", True)
 
 
 def test_probes_on_the_way():
@@ -164,6 +168,25 @@ def test_r_and_d_are_reported_with_their_own_signs():
     log = []
     train(encoder, images, config, Augmentation(), log.append)
     assert log[0]["step"] == 10 and log[0]["R"] > 0 and 0 < log[0]["D"] <= 1
+    assert log[0]["loss"] == pytest.approx(-(log[0]["R"] + config.lam * log[0]["D"]), rel=1e-4)
+    assert 0 < log[0]["lr"] == pytest.approx(empssl.cosine(config.lr, 9, 10))
+
+
+def test_seconds_of_training_are_without_what_follows_an_epoch():
+    encoder, images, config = tiny_training(steps=2, epochs=3)
+    started, log = time.perf_counter(), []
+    train(encoder, images, config, Augmentation(), log.append, after_epoch=lambda epoch: time.sleep(0.3) or {"epoch": epoch})
+    assert time.perf_counter() - started - max(r.get("train_seconds", 0) for r in log) >= 0.9
+
+
+def test_a_preset_says_how_patches_are_drawn():
+    data = io.load_dataset("shapes", subset=60)
+    drawn = lambda how, side=32: empssl.augmentations(Config(augmentation=how), side, side)[0]
+    assert drawn("paper") == Augmentation((0.25, 0.25), (1, 1), 0.5, 0.8, 0.4, 0.4, 0.4, 0.2, 0.2, 0.1, (0.1, 2.0), 0.1)
+    assert drawn("light") == Augmentation((0.25, 0.25), (1, 1), 0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, 0, (0.1, 2.0), 0)
+    assert drawn("paper", 224).ratio == (3 / 4, 4 / 3)
+    config = Config(device="cpu", backbone="small", patch_size=16, hidden=8, projector=8, dim=4, patches=2, augmentation="light")
+    assert empssl.method(config, data)[2] == drawn("light")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(monkeypatch, capsys):
@@ -196,6 +219,8 @@ def test_a_saved_encoder_loads_and_probes_to_the_same_figures():
     for key in ("linear_top1", "linear_top5", "knn_top1", "raw_pixels_top1", "untrained_top1"):
         assert again[key] == trained[key]
     assert again["checkpoint"] == "runs/demo/encoder.pt" and "train_seconds" not in again
+    untrained = main([*SHAPES, "--name", "untrained", "--eval-only"])
+    assert untrained["linear_top1"] == trained["untrained_top1"] and "checkpoint" not in untrained
     saved = torch.load("runs/demo/encoder.pt", weights_only=True)
     encoder = Encoder(**saved["architecture"])
     encoder.load_state_dict(saved["weights"])
@@ -222,7 +247,13 @@ def test_plain_images_train_save_features_and_say_that_there_is_nothing_to_probe
 
 def test_export_features(in_tmp):
     main([*SHAPES, "--name", "demo", "--export-features", "own.npz"])
-    assert np.load("own.npz")["train_features"].shape == (60, 16) and np.load("own.npz")["test_labels"].shape == (40,)
+    own, data = np.load("own.npz"), io.load_dataset("shapes", subset=60)
+    assert own["train_features"].shape == (60, 16) and np.array_equal(own["train_labels"], data.train_labels)
+    assert np.array_equal(own["test_features"].astype(np.float16), np.load("runs/demo/test_features.npz")["test_features"])
+    saved = torch.load("runs/demo/encoder.pt", weights_only=True)
+    encoder = Encoder(**saved["architecture"])
+    encoder.load_state_dict(saved["weights"])
+    np.testing.assert_allclose(own["train_features"][40:], empssl.embed(encoder, data.train_images[40:], 4), atol=1e-5, rtol=1e-4)
     plain_folder(in_tmp / "plain")
     main(["--dataset", "imagefolder", "--data-dir", "plain", *TINY, "--checkpoint", "runs/demo/encoder.pt",
           "--export-features", "other.npz"])
@@ -284,7 +315,6 @@ def test_the_first_lines_say_what_is_to_come(capsys):
     ([*SHAPES, "--seed", "x"], "--seed"),
     ([*SHAPES, "--device", "quantum"], "--device quantum"),
     ([*SHAPES, "--name", "../up"], "--name"),
-    ([*SHAPES, "--eval-only"], "--checkpoint"),
     ([*SHAPES, "--checkpoint", "x.pt"], "--eval-only"),
     ([*SHAPES, "--eval-only", "--checkpoint", "nowhere.pt"], "There is no checkpoint nowhere.pt"),
     ([*SHAPES, "--eval-only", "--checkpoint", "text.pt"], "text.pt is no encoder"),
@@ -330,6 +360,43 @@ def test_a_run_is_not_overwritten(capsys):
         main([*SHAPES, "--name", "demo", "--seed", "1"])
     assert stop.value.code == 2 and "demo holds a run already" in capsys.readouterr().err
     assert (io.RUNS / "demo" / "encoder.pt").read_bytes() == before
+
+
+def test_force_does_not_delete_the_encoder_that_is_to_be_probed(capsys):
+    (io.RUNS / "demo").mkdir(parents=True)
+    io.save_encoder(io.RUNS / "demo" / "encoder.pt", Encoder("small", 16, hidden=16, projector=16, dim=8))
+    with pytest.raises(SystemExit) as stop:
+        main([*SHAPES, "--eval-only", "--checkpoint", "runs/demo/encoder.pt", "--name", "demo", "--force"])
+    assert stop.value.code == 2 and "--force would delete runs/demo/encoder.pt" in capsys.readouterr().err
+    assert (io.RUNS / "demo" / "encoder.pt").exists()
+
+
+def test_too_little_memory_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(empssl, "load_dataset", lambda *_: torch.empty(2 ** 50))
+    with pytest.raises(SystemExit) as stop:
+        main([*SHAPES, "--name", "demo"])
+    assert stop.value.code == 2 and "memory does not suffice" in capsys.readouterr().err
+
+
+def test_a_log_has_each_line_at_once_and_any_file_name():
+    code = "import os, empssl_io as io\nwith io.mistakes_in_one_sentence():\n    print('said \\udcff'); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+    assert done.stdout == "said \\udcff\n"
+
+
+def test_a_line_is_not_glued_to_the_progress_bar(capsys):
+    bar = io.progress(total=3, desc="training")
+    capsys.readouterr()
+    bar.write("a line")
+    said = capsys.readouterr()
+    assert said.out == "a line\n" and said.err.startswith("\r") and "training" in said.err        # cleared, then drawn again
+    bar.close()
+
+
+def test_a_command_is_recorded_as_it_would_be_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "empssl.py"), "--data-dir", "my photos"])
+    assert io.provenance("cpu")["command"] == "python empssl.py --data-dir 'my photos'"
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_encoder(monkeypatch, capsys):

@@ -63,13 +63,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_records(step, monkeypatch
     assert stop.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"after step {step} of 12" in said and "--resume runs/stopped" in said
+    steps, one = [], empssl.LARS.step
+    monkeypatch.setattr(empssl.LARS, "step", lambda *a: steps.append(1) or one(*a))
     resumed = main(["--resume", "runs/stopped"])
+    assert len(steps) == 12 - step                                  # it went on rather than began again
     assert_equal_weights("whole", "stopped")
     changes = ("train_seconds", "probe_seconds", "patches_per_second", "peak_memory", "checkpoints", "checkpoint_bytes",
                "saving_seconds")
     same = lambda record: {k: v for k, v in record.items() if k not in changes}
     assert same(resumed) == same(whole)
-    records = lambda name: [same(r) for r in io.RunFolder(io.RUNS / name, {}, resume=True).records() if "resumed" not in r]
+    records = lambda name: [same(r) for r in io.records(io.RUNS / name) if "resumed" not in r]
     assert records("stopped") == records("whole")
 
 
@@ -122,6 +125,27 @@ def test_a_folder_in_use_is_refused_to_a_second_run_even_with_force(monkeypatch,
     assert sorted(path.name for path in (io.RUNS / "busy").iterdir()) == before
     other.communicate("")
     main(["--resume", "runs/busy"])
+
+
+def test_a_resumed_folder_says_where_its_images_are_now_and_otherwise_how_it_began():
+    stored = lambda: json.loads((io.RUNS / "x" / "config.json").read_text())
+    io.RunFolder(io.RUNS / "x", {"data_dir": "here", "lr": 1, "commit": "a"})
+    io.RunFolder(io.RUNS / "x", {"data_dir": "there", "lr": 1, "commit": "b"}, resume=True)
+    assert stored() == {"data_dir": "there", "lr": 1, "commit": "a"}
+    (io.RUNS / "x" / "config.json").write_text("{")
+    io.RunFolder(io.RUNS / "x", {"data_dir": "there", "lr": 2, "commit": "b"}, resume=True)
+    assert stored() == {"data_dir": "there", "lr": 2, "commit": "b"}
+    io.release_folders()
+
+
+def test_a_run_whose_exports_folder_has_gone_can_go_on_with_another(monkeypatch):
+    Path("there").mkdir()
+    stop_after(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        main([*RUN, "--name", "stopped", "--export-features", "there/features.npz"])
+    Path("there").rmdir()
+    main(["--resume", "runs/stopped", "--export-features", "here.npz"])
+    assert Path("here.npz").exists()
 
 
 def test_a_folder_with_anything_in_it_is_not_overwritten(capsys):
@@ -465,7 +489,7 @@ def test_torchrun_trains_stops_by_sigterm_and_goes_on(shapes_run):
     wait_for((run / "checkpoint.pt").exists, started)
     started.send_signal(signal.SIGTERM)
     output = started.communicate(timeout=60)[0]
-    assert started.returncode != 0 and output.count("to go on: python empssl.py --resume runs/two") == 1
+    assert started.returncode != 0 and output.count(f"to go on: python {ROOT / 'empssl.py'} --resume runs/two") == 1
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     assert 0 < saved["step"] < 3000
     config = json.loads((run / "config.json").read_text())
