@@ -111,11 +111,23 @@ def keep_record(run: Path, folder: str = ".", name: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     resumed = [r["resumed"] | {"step": r["step"]} for r in records if "resumed" in r]
     seen = [r for r in records[:-1] if "linear_top1" in r]                      # at --probe-epochs
-    record = {"name": name or run.name} | config | ({"resumed": resumed} if resumed else {}) | ({"seen": seen} if seen else {}) | {"metrics": records[-1]}
+    more = ({"resumed": resumed} if resumed else {}) | ({"seen": seen} if seen else {})
+    record = {"name": name or run.name} | config | more | {"metrics": records[-1]}
     io.save_atomically(path, lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))
     if (run / "tsne.png").is_file():                                # where it has been drawn
         shutil.copyfile(run / "tsne.png", path.with_suffix(".png"))
     print(f"kept as {path}")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    """Markdown; a row may end early."""
+    padded = [[*row, *[""] * (len(columns) - len(row))] for row in [columns, *rows]]
+    head, *body = ["|" + "".join(" |" if cell == "" else f" {cell} |" for cell in row) for row in padded]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
 def memory(metrics: dict) -> str:
@@ -125,46 +137,43 @@ def memory(metrics: dict) -> str:
 
 
 def runs_table() -> str:
-    rows = ["| data | preset | epochs | patches seen | training | probing | peak memory | linear | of the representation | kNN | untrained | raw pixels | hardware | seed | record |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    rows = []
     for path in sorted(RESULTS.glob("*.json")):
-        r = json.loads(path.read_text())
+        r = read(path)
         m, data = r["metrics"], r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
         own = f"{m['representation_top1']:.3f}" if "representation_top1" in m else "not measured"
-        rows.append(f"| {data} | {r['preset']} | {r['epochs']} | {m['patches_seen']:,} | "
-                    f"{m['train_seconds']:.0f} s | {m['probe_seconds']:.0f} s | {memory(m)} | {m['linear_top1']:.3f} | {own} | {m['knn_top1']:.3f} | {m['untrained_top1']:.3f} | "
-                    f"{m['raw_pixels_top1']:.3f} | {r['hardware']} | {r['seed']} | [{path.stem}](results/{path.name}) |")
-    return "\n".join(rows)
+        rows.append([data, r["preset"], r["epochs"], f"{m['patches_seen']:,}", f"{m['train_seconds']:.0f} s", f"{m['probe_seconds']:.0f} s",
+                     memory(m), f"{m['linear_top1']:.3f}", own, f"{m['knn_top1']:.3f}", f"{m['untrained_top1']:.3f}",
+                     f"{m['raw_pixels_top1']:.3f}", r["hardware"], r["seed"], f"[{path.stem}](results/{path.name})"])
+    return table(["data", "preset", "epochs", "patches seen", "training", "probing", "peak memory", "linear", "of the representation", "kNN",
+                  "untrained", "raw pixels", "hardware", "seed", "record"], rows)
 
 
 def memory_table() -> str:
-    rows = ["| preset | batch | patches | patch | on | peak memory | a checkpoint |", "|---|---|---|---|---|---|---|"]
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) + sorted(RESULTS.glob("memory/*.json"))]
+    records = [read(path) for path in sorted(RESULTS.glob("*.json")) + sorted(RESULTS.glob("memory/*.json"))]
+    rows = []
     for r in records:
-        if "peak_memory" in r["metrics"]:
-            m = r["metrics"]
+        if "peak_memory" in (m := r["metrics"]):
             saved = (f"{m['checkpoint_bytes'] / 1e6:.0f} MB in {m['saving_seconds'] / m['checkpoints']:.1f} s" if m.get("checkpoints")
                      else "not measured")
-            rows.append(f"| {r['preset']} | {r['batch']} | {r['patches']} | {r['patch_size']}x{r['patch_size']} | "
-                        f"{r['device']}, {r['precision']} | {memory(m)} | {saved} |")
-    rows += [f"| {preset} | | | | GPU | not measured | not measured |" for preset in empssl.PRESETS
+            rows.append([r["preset"], r["batch"], r["patches"], f"{r['patch_size']}x{r['patch_size']}", f"{r['device']}, {r['precision']}",
+                         memory(m), saved])
+    rows += [[preset, "", "", "", "GPU", "not measured", "not measured"] for preset in empssl.PRESETS
              if not any(r["preset"] == preset and r["device"].startswith("cuda") for r in records)]
     for precision in ("bf16", "float32"):                           # of benchmarks/speed.py: 20,000 patches in one forward
         path, said = RESULTS / "speed" / f"memory-{precision}.json", "not measured"
         if path.exists():
-            r = json.loads(path.read_text())
+            r = read(path)
             held = "does not fit" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2 ** 30:.1f} GiB of the GPU, two steps"
             said = f"{held} ({r['device_bytes'] / 2 ** 30:.0f} GiB, {r['hardware']})"
-        rows.append(f"| paper | 100 | 200 | 32x32 | GPU, {precision} | {said} | |")
-    return "\n".join(rows)
+        rows.append(["paper", 100, 200, "32x32", f"GPU, {precision}", said])
+    return table(["preset", "batch", "patches", "patch", "on", "peak memory", "a checkpoint"], rows)
 
 
 def ops_table() -> str:
     """Each op against its peers, from benchmarks/ops.py; GPU cells stay "not measured" until it has run on one."""
-    found = {device: json.loads(path.read_text()) for device in ("cpu", "cuda")
-             if (path := RESULTS / "ops" / f"{device}.json").is_file()}
+    found = {device: read(path) for device in ("cpu", "cuda") if (path := RESULTS / "ops" / f"{device}.json").is_file()}
     rows = {device: {(r["op"], r["name"]): r for r in record["rows"] if "name" in r} for device, record in found.items()}
-    keys = list(dict.fromkeys(key for of_device in rows.values() for key in of_device))
 
     def cell(device, key):
         r = rows.get(device, {}).get(key)
@@ -174,9 +183,9 @@ def ops_table() -> str:
             return (f"{r['patches'] / r['seconds']:,.0f} patches/s: {r['fraction_of_copy_bandwidth']:.0%} of the copy bandwidth, "
                     f"{r['fraction_of_float32_rate']:.0%} of the float32 rate, {r['fraction_of_the_step']:.2%} of the ResNet-18 step")
         return f"{r['patches'] / r['seconds']:,.0f} patches/s" if "patches" in r else f"{r['seconds'] * 1e3:.1f} ms"
-    lines = [f"| op | what | CPU: {found['cpu']['hardware'] if 'cpu' in found else '-'} | "
-             f"GPU: {found['cuda']['hardware'] if 'cuda' in found else 'not measured'} |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| `{op}` | {name} | {cell('cpu', (op, name))} | {cell('cuda', (op, name))} |" for op, name in keys])
+    on = [f"{name}: {found[device]['hardware'] if device in found else 'not measured'}" for name, device in (("CPU", "cpu"), ("GPU", "cuda"))]
+    return table(["op", "what", *on], [[f"`{op}`", name, cell("cpu", (op, name)), cell("cuda", (op, name))]
+                                       for op, name in dict.fromkeys(key for of_device in rows.values() for key in of_device)])
 
 
 # What the paper reports on CIFAR-10 after 1 and 10 epochs (ResNet-18; EMP-SSL of 20 patches).
@@ -192,7 +201,7 @@ def peers_records() -> dict[str, dict[str, list[dict]]]:
         if not (parts := re.fullmatch(r"(.*)-(1-epoch|equal-seconds|trained)-seed(\d+)", path.stem)):
             continue
         name, kind, _ = parts.groups()
-        record = json.loads(path.read_text())
+        record = read(path)
         if encoder := record["metrics"].get("checkpoint"):
             trained = json.loads(path.with_name(Path(encoder).parent.name.removeprefix("peers-") + ".json").read_text())
             record = trained | {"metrics": trained["metrics"] | record["metrics"]}
@@ -216,22 +225,20 @@ def spread(records: list[dict], key: str) -> str:
 
 
 def peers_table() -> str:
-    rows = ["| what | seeds | one epoch: linear | of the representation | kNN | patches seen | steps | seconds | equal seconds: epochs | linear | "
-            "of the representation | kNN | seconds | paper, 1 / 10 epochs |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    found = peers_records()
+    found, rows = peers_records(), []
     seconds = {r["seed"]: r["metrics"]["train_seconds"] for r in found.get("empssl", {}).get("1-epoch", ())}
     methods = [name for name in found if "-" not in name or name.startswith("simclr-noise") or name.startswith("simclr-one")]
     for name in sorted(found, key=lambda name: (name not in methods, name.split("-")[0] != "empssl", name == "untrained", name)):
         one, equal = found[name]["1-epoch"], at_equal_seconds(found[name], seconds)
         mean = lambda records, key: sum(r["metrics"].get(key, 0) for r in records) / len(records)
-        accuracies = lambda records: " | ".join(spread(records, key) for key in ("linear_top1", "representation_top1", "knn_top1"))
-        paper = " / ".join(f"{x:.3f}" for x in PAPER[name]) if name in PAPER else ""
+        accuracies = lambda records: [spread(records, key) for key in ("linear_top1", "representation_top1", "knn_top1")]
         epochs = " or ".join(str(e) for e in sorted({r["epochs"] for r in equal}))
-        there = f"{epochs} | {accuracies(equal)} | {mean(equal, 'train_seconds'):.0f}" if equal else "| | | |"
-        rows.append(f"| {name} | {len(one)} | {accuracies(one)} | {mean(one, 'patches_seen'):,.0f} | "
-                    f"{mean(one, 'patches_seen') / (one[0]['patches'] * one[0]['batch']):.0f} | {mean(one, 'train_seconds'):.0f} | "
-                    f"{there} | {paper} |")
-    return "\n".join(rows)
+        rows.append([name, len(one), *accuracies(one), f"{mean(one, 'patches_seen'):,.0f}",
+                     f"{mean(one, 'patches_seen') / (one[0]['patches'] * one[0]['batch']):.0f}", f"{mean(one, 'train_seconds'):.0f}",
+                     *([epochs, *accuracies(equal), f"{mean(equal, 'train_seconds'):.0f}"] if equal else [""] * 5),
+                     " / ".join(f"{x:.3f}" for x in PAPER.get(name, ()))])
+    return table(["what", "seeds", "one epoch: linear", "of the representation", "kNN", "patches seen", "steps", "seconds",
+                  "equal seconds: epochs", "linear", "of the representation", "kNN", "seconds", "paper, 1 / 10 epochs"], rows)
 
 
 def draw_peers() -> None:
@@ -276,22 +283,20 @@ PUBLISHED = {("cifar10", 20, 30, 1): ".806", ("cifar10", 20, 30, 10): ".907", ("
 
 def paper_table() -> str:
     """The paper's tables beside ours; a cell of ours is filled by `bash reproduce.sh <data set>`."""
-    ours = {}
+    ours, rows = {}, []
     for path in sorted(p for data in ("cifar10", "cifar100", "tinyimagenet", "imagenet100") for p in (RESULTS / data).glob("*.json")):
-        r = json.loads(path.read_text())
+        r = read(path)
         for m in [*r.get("seen", []), r["metrics"] | {"epoch": r["epochs"]}]:
             ours.setdefault((r["dataset"], r["patches"], r["epochs"], round(m["epoch"])), []).append(r | {"metrics": m})
-    rows = ["| data | patches | schedule of | seen at epoch | paper | linear | kNN | seconds of training | to 80 / 85 / 90 % | hardware | seeds |",
-            "|---|---|---|---|---|---|---|---|---|---|---|"]
     for key in list(PUBLISHED) + sorted(key for key in set(ours) - set(PUBLISHED) if key[2] == key[3]):
-        data, patches, epochs, epoch = key
-        cells = ["not measured", "", "", "", "", ""]
-        if key in ours:
-            r = ours[key]
+        cells = ["not measured"]
+        if r := ours.get(key):
+            reached = " / ".join(time_to(r, goal) for goal in (0.80, 0.85, 0.90)) if key[2] == key[3] else ""
             cells = [spread(r, "linear_top1"), spread(r, "knn_top1"), f"{sum(x['metrics']['train_seconds'] for x in r) / len(r):.0f}",
-                     " / ".join(time_to(r, goal) for goal in (0.80, 0.85, 0.90)) if epoch == epochs else "", r[0]["hardware"], str(len(r))]
-        rows.append(f"| {data} | {patches} | {epochs} | {epoch} | {PUBLISHED.get(key, '')} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+                     reached, r[0]["hardware"], len(r)]
+        rows.append([*key, PUBLISHED.get(key, ""), *cells])
+    return table(["data", "patches", "schedule of", "seen at epoch", "paper", "linear", "kNN", "seconds of training", "to 80 / 85 / 90 %",
+                  "hardware", "seeds"], rows)
 
 
 def time_to(records: list[dict], goal: float) -> str:
@@ -301,86 +306,79 @@ def time_to(records: list[dict], goal: float) -> str:
 
 
 def profile_table() -> str:
-    rows = ["| part of a step | " + " | ".join(f"{r['preset']}, {r['hardware']}: ms | share | over its floor" for r in profiles()) + " |"]
-    rows.append("|---|" + "---|---|---|" * len(profiles()))
-    for i, part in enumerate(profiles()[0]["parts"] if profiles() else []):
-        cells = [f"{p['seconds'] * 1e3:.1f} | {p['share']:.1%} | {p['seconds'] / p['floor']:.1f}x" for p in (r["parts"][i] for r in profiles())]
-        rows.append(f"| {part['part']} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) if profiles() else "not measured"
+    found = [read(path) for path in sorted((RESULTS / "profile").glob("*.json"))]
+    columns = [column for r in found for column in (f"{r['preset']}, {r['hardware']}: ms", "share", "over its floor")]
+    rows = [[same[0]["part"], *(cell for p in same for cell in (f"{p['seconds'] * 1e3:.1f}", f"{p['share']:.1%}", f"{p['seconds'] / p['floor']:.1f}x"))]
+            for same in zip(*(r["parts"] for r in found))]
+    return table(["part of a step", *columns], rows) if found else "not measured"
 
 
 def speed_table() -> str:
     """The ways of benchmarks/speed.py; "not measured" until it has run on a GPU. Seconds to an accuracy are of whichever schedule
     gets there sooner."""
     folder, parts = RESULTS / "speed", ("sampling", "patches", "forward", "loss", "backward", "optimizer")
-    names = ("official", "paper", "paper-bf16", "fast")
-    ways = {way: json.loads((folder / f"{way}.json").read_text()) for way in names if (folder / f"{way}.json").exists()}
-    runs = {(way, epochs): [json.loads(p.read_text()) for p in sorted(folder.glob(f"{way}-{epochs}-epochs-seed*.json"))]
-            for way in names for epochs in (1, 10)}
-    rows = [f"| way | patches/s | {' | '.join(f'{part}: ms (over its floor)' for part in parts)} | no kernel runs | linear after 1 / 10 epochs | seconds to 80 / 85 / 90 % | hardware |",
-            "|---|---|" + "---|" * (len(parts) + 4)]
-    for way in names:
-        if way not in ways:
-            rows.append(f"| {way} | not measured |" + " |" * (len(parts) + 4))
+    rows = []
+    for way in ("official", "paper", "paper-bf16", "fast"):
+        if not (folder / f"{way}.json").exists():
+            rows.append([way, "not measured"])
             continue
-        r, trained = ways[way], "paper-bf16" if way == "official" else way
-        found = {p["part"]: f"{p['seconds'] * 1e3:.2f}" + (f" ({p['seconds'] / p['floor']:.1f}x)" if "floor" in p else "") for p in r["parts"]}
-        schedules = [runs[trained, epochs] for epochs in (1, 10)]
+        r, trained = read(folder / f"{way}.json"), "paper-bf16" if way == "official" else way
+        schedules = [[read(path) for path in sorted(folder.glob(f"{trained}-{epochs}-epochs-seed*.json"))] for epochs in (1, 10)]
         linear = " / ".join(spread(records, "linear_top1") if records else "not measured" for records in schedules)
         if way == "official":                                       # sees what paper sees, at its own pace
             pace = lambda m, run, epoch: m | {"train_seconds": epoch * run["images"] * run["patches"] / r["patches_per_second"]}
-            schedules = [[run | {"seen": [pace(m, run, m["epoch"]) for m in run.get("seen", [])], "metrics": pace(run["metrics"], run, run["epochs"])}
-                          for run in records] for records in schedules]
-        idle = "" if r.get("idle") is None else f"{r['idle']:.0%}"
-        sooner = lambda goal: min((time_to(records, goal) for records in schedules if records), key=lambda t: math.inf if t == "-" else float(t[:-2]))
-        seconds = " / ".join(sooner(goal) for goal in (0.80, 0.85, 0.90)) if any(schedules) else "not measured"
-        rows.append(f"| {way} | {r['patches_per_second']:,.0f} | {' | '.join(found.get(part, '') for part in parts)} | {idle} | {linear} | {seconds} | "
-                    f"{r['hardware']} |")
-    return "\n".join(rows)
-
-
-def profiles() -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / "profile").glob("*.json"))]
+            schedules = [[run | {"seen": [pace(m, run, m["epoch"]) for m in run.get("seen", [])],
+                                 "metrics": pace(run["metrics"], run, run["epochs"])} for run in records] for records in schedules]
+        seconds = lambda said: math.inf if said == "-" else float(said[:-2])
+        sooner = lambda goal: min((time_to(records, goal) for records in schedules if records), key=seconds)
+        found = {p["part"]: f"{p['seconds'] * 1e3:.2f}" + (f" ({p['seconds'] / p['floor']:.1f}x)" if "floor" in p else "") for p in r["parts"]}
+        rows.append([way, f"{r['patches_per_second']:,.0f}", *(found.get(part, "") for part in parts),
+                     "" if r.get("idle") is None else f"{r['idle']:.0%}", linear,
+                     " / ".join(sooner(goal) for goal in (0.80, 0.85, 0.90)) if any(schedules) else "not measured", r["hardware"]])
+    return table(["way", "patches/s", *(f"{part}: ms (over its floor)" for part in parts), "no kernel runs", "linear after 1 / 10 epochs",
+                  "seconds to 80 / 85 / 90 %", "hardware"], rows)
 
 
 def laptop_story() -> str:
     """results/laptop/README.md: what was tried for the laptop preset, what each try was predicted to give, and what it gave."""
-    found = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "laptop").glob("*.json")}
-    order = [name for name in ("tries", "whole-epochs", "separable", "maps") if name in found]
-    singles = sorted(name for name, r in found.items() if "try" in r)           # of benchmarks/laptop.py, a file a try
-    lines = ["# The search for the laptop preset", "", "Written by `python report.py --readme` from the records beside it, misses too, in the order in which they were made. "
+    found = {path.stem: read(path) for path in (RESULTS / "laptop").glob("*.json")}
+    singles = [found[name] | found[name]["metrics"] for name in sorted(found) if "try" in found[name]]          # of benchmarks/laptop.py, a file a try
+    found["one by one"] = {"what": "records of benchmarks/laptop.py, a file a try", "tries": singles}
+    parts = ["# The search for the laptop preset",
+             "Written by `python report.py --readme` from the records beside it, misses too, in the order in which they were made. "
              "Every accuracy above the last table is a linear probe's (or kNN's) on training images held out. `python benchmarks/laptop.py` "
              "tries again."]
     figure = lambda value: f"{value:.4f}" if isinstance(value, float) else str(value)
-    for name in order + (["one by one"] if singles else []):
-        r = found.get(name, {"what": "records of benchmarks/laptop.py, a file a try", "tries": [x | x["metrics"] for x in (found[s] for s in singles)]})
-        lines += ["", f"## {name}", "", r["what"], "", "| try | predicted | gave | R | D | patches seen | training |", "|---|---|---|---|---|---|---|"]
-        for t in r["tries"]:
+    for name in ("tries", "whole-epochs", "separable", "maps", *(["one by one"] if singles else [])):
+        rows = []
+        for t in found[name]["tries"]:
             scores = {k.removeprefix("holdout_").removesuffix("_top1"): v for k, v in t.items() if k.startswith("holdout_")}
             scores |= {k: v for k, v in t.get("holdout", {}).items() if isinstance(v, float)}
             busy = " (other work beside it)" if t.get("other_work_on_the_machine") else ""
-            seen = t.get("patches_seen")
-            lines.append(f"| {t['try']} | {t.get('predicted', 'no figure')} | {', '.join(f'{k} {figure(v)}' for k, v in scores.items())} | {t['R']:.1f} | "
-                         f"{t['D']:.3f} | {f'{seen:,}' if seen else '-'} | {t['train_seconds']:.0f} s{busy} |")
-        for title in [title for title in ("evaluation_layout", "patches_per_second") if title in r]:
-            groups = {k: v for k, v in r[title].items() if isinstance(v, dict)} or {"": r[title]}
-            lines += ["", f"### {title.replace('_', ' ').capitalize()}", "", r[title].get("what", "")]
-            for group, values in groups.items():
-                lines += ["", f"| {group or 'how'} | |", "|---|---|"] + [f"| {k.strip()} | {figure(v)} |" for k, v in values.items() if k != "what"]
-    lines += ["", "## The preset on the test set", "", "Nothing was chosen on it.", "", "| record | patches | training | linear | kNN | untrained |", "|---|---|---|---|---|---|"]
+            rows.append([t["try"], t.get("predicted", "no figure"), ", ".join(f"{k} {figure(v)}" for k, v in scores.items()), f"{t['R']:.1f}",
+                         f"{t['D']:.3f}", f"{t['patches_seen']:,}" if "patches_seen" in t else "-", f"{t['train_seconds']:.0f} s{busy}"])
+        parts += [f"## {name}", found[name]["what"], table(["try", "predicted", "gave", "R", "D", "patches seen", "training"], rows)]
+        for title in [title for title in ("evaluation_layout", "patches_per_second") if title in found[name]]:
+            how = found[name][title]
+            parts += [f"### {title.replace('_', ' ').capitalize()}", how["what"]]
+            for group, values in ({k: v for k, v in how.items() if isinstance(v, dict)} or {"how": how}).items():
+                parts.append(table([group, ""], [[k.strip(), figure(v)] for k, v in values.items() if k != "what"]))
+    rows = []
     for path in [*sorted((RESULTS / "laptop").glob("earlier-preset-*.json")), *sorted(RESULTS.glob("cifar10-jpeg-laptop*.json"))]:
-        r = json.loads(path.read_text())
-        m = r["metrics"]
-        lines.append(f"| [{path.stem}]({'' if path.parent != RESULTS else '../'}{path.name}) | {m['patches_seen']:,} | {m['train_seconds']:.0f} s | {m['linear_top1']:.4f} | "
-                     f"{m['knn_top1']:.4f} | {m['untrained_top1']:.4f} |")
-    return "\n".join(lines) + "\n"
+        m = read(path)["metrics"]
+        rows.append([f"[{path.stem}]({'' if path.parent != RESULTS else '../'}{path.name})", f"{m['patches_seen']:,}",
+                     f"{m['train_seconds']:.0f} s", *(f"{m[key]:.4f}" for key in ("linear_top1", "knn_top1", "untrained_top1"))])
+    parts += ["## The preset on the test set", "Nothing was chosen on it.",
+              table(["record", "patches", "training", "linear", "kNN", "untrained"], rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def readme_with_tables(text: str) -> str:
-    for name, table in (("runs", runs_table()), ("paper", paper_table()), ("peers", peers_table()), ("memory", memory_table()), ("speed", speed_table()), ("ops", ops_table()), ("profile", profile_table())):
+    for name, written in (("runs", runs_table), ("paper", paper_table), ("peers", peers_table), ("memory", memory_table), ("speed", speed_table),
+                          ("ops", ops_table), ("profile", profile_table)):
         start, end = f"<!-- {name}: written by report.py --readme -->", f"<!-- end of {name} -->"
         head, rest = text.split(start)
-        text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
+        text = f"{head}{start}\n{written()}\n{end}{rest.split(end)[1]}"
     return text
 
 

@@ -142,6 +142,20 @@ def test_peers_at_equal_seconds_are_runs_of_those_seconds(results):
     assert len({row.count("|") for row in rows.values()}) == 1
 
 
+def test_the_peers_picture_has_a_line_a_method(results, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for name, accuracy in (("empssl", 0.6), ("byol", 0.4), ("empssl-no-lars", 0.1)):
+        for seed in (0, 1):
+            peer(results, f"{name}-1-epoch", seed, linear_top1=accuracy + 0.1 * seed, train_seconds=20.0)
+    peer(results, "byol-equal-seconds", train_seconds=100.0, linear_top1=0.5)
+    peer(results, "untrained-1-epoch", linear_top1=0.35)
+    report.main(["--peers"])
+    assert (results / "peers" / "accuracy.png").stat().st_size > 10_000
+    lines = {line.get_label(): [[round(float(x), 6) for x in axis] for axis in line.get_data()] for line in plt.gcf().axes[0].get_lines()}
+    assert lines == {"empssl": [[20], [0.65]], "byol": [[20, 100], [0.45, 0.5]], "untrained encoder": [[0, 1], [0.35, 0.35]]}
+    plt.close()
+
+
 def test_a_run_on_fewer_images_is_probed_on_all(results):
     peer(results, "empssl-1-epoch"), peer(results, "empssl-of-100-trained", train_seconds=90.0, linear_top1=0.1)
     path = results / "peers" / "empssl-of-100-1-epoch-seed0.json"
@@ -260,7 +274,7 @@ def test_the_table_of_the_ways(results):
     one = {"images": 50, "patches": 20, "epochs": 1, "metrics": probed(0.82, 5.0)}
     (results / "speed" / "fast-1-epochs-seed0.json").write_text(json.dumps(one))
     official, paper, bf16, fast = report.speed_table().splitlines()[2:]
-    assert official.startswith("| official | 100 |  | 2.00 |")
+    assert official.startswith("| official | 100 | | 2.00 |")
     assert official.endswith("| not measured / 0.910 | 20 s / 30 s / 100 s | abacus |")         # 50 images x 20 patches an epoch, 100 a second
     assert paper.startswith("| paper | not measured |") and bf16.startswith("| paper-bf16 | not measured |")
     assert "| 2.00 (2.0x) |" in fast and "| 25% |" in fast and fast.endswith("| 0.820 / 0.910 | 5 s / 12 s / 40 s | abacus |")

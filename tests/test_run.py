@@ -288,6 +288,20 @@ def test_presets_are_defaults_that_any_flag_overrides(monkeypatch):
     assert auto.preset == "laptop" and auto.patch_size == 16 and auto.backbone == "small" and auto.lr == 1
 
 
+@pytest.mark.parametrize("dataset,size,side", [("tinyimagenet", 64, 32), ("imagefolder", 300, 224), ("imagefolder", 40, 40)])
+def test_patches_are_of_the_images_side_but_tiny_imagenets(dataset, size, side, in_tmp, monkeypatch):
+    for part in ("train", "val"):
+        (in_tmp / "set" / part).mkdir(parents=True)
+        plain_folder(in_tmp / "set" / part / "images", 10, size)
+    (in_tmp / "set" / "val" / "val_annotations.txt").write_text("00.png\timages\n")
+    drawn = []
+    monkeypatch.setattr(empssl, "train", lambda encoder, images, config, *_: drawn.append(config.patch_size) or {})
+    monkeypatch.setattr(empssl, "features", lambda *_: drawn.append(None) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        main(["--dataset", dataset, "--data-dir", "set", *TINY, "--preset", "paper", "--backbone", "small", "--batch", "10", "--name", "x"])
+    assert drawn == [side, None]
+
+
 def test_the_first_lines_say_what_is_to_come(capsys):
     main([*SHAPES, "--epochs", "4", "--name", "demo"])
     output = capsys.readouterr()
