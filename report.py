@@ -363,6 +363,11 @@ def laptop_story() -> str:
             parts += [f"### {title.replace('_', ' ').capitalize()}", how["what"]]
             for group, values in ({k: v for k, v in how.items() if isinstance(v, dict)} or {"how": how}).items():
                 parts.append(table([group, ""], [[k.strip(), figure(v)] for k, v in values.items() if k != "what"]))
+    if "layouts" in found:
+        parts += ["## layouts", f"benchmarks/layouts.py, of `{found['layouts']['encoder']}`: what is probed beside or instead of what the preset "
+                  "probes; 20,000 labels, 5,000 training images held out, 30 probe epochs",
+                  table(["layout", "predicted", "features", "gave"], [[t["layout"], t["predicted"], f"{t['features']:,}", f"{t['holdout_top1']:.4f}"]
+                                                                    for t in found["layouts"]["layouts"]])]
     rows = []
     for path in [*sorted((RESULTS / "laptop").glob("earlier-preset-*.json")), *sorted(RESULTS.glob("cifar10-jpeg-laptop*.json"))]:
         m = read(path)["metrics"]
