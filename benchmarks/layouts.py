@@ -51,24 +51,30 @@ LAYOUTS = {                     # what it is predicted to give, and the parts si
     "h in three rows": ("+0.3", ["last", "h rows"]),
     "the stage before, all deviations": ("+1.5", ["early", "last", "last deviations", "h", "h deviation"]),
 }
+CROPS = empssl.Augmentation.none(area=(0.6, 1.0), flip=0.5)
+VIEWS = {                       # of the image whole and three crops of it, with the parts that the preset probes
+    "mean over whole image and crops": "+0.5: a bag of patches, of large ones",
+    "crops as further images": "+1: what a linear evaluation elsewhere does; as many steps",
+    "the same, mean of the test features": "+0.5 over that",
+}
 
 
 @torch.no_grad()
-def parts_of(encoder: empssl.Encoder, images: Tensor) -> dict[str, Tensor]:
-    """Every part's features of `images (N, 3, H, W)`, seen as `empssl.embed` shows them to `Encoder.maps`."""
+def parts_of(encoder: empssl.Encoder, images: Tensor, augmentation=laptop.WHOLE_IMAGE, wanted=tuple(PARTS), seed: int = 0) -> dict[str, Tensor]:
+    """Parts' features of `images (N, 3, H, W)`, seen as `empssl.embed` shows them to `Encoder.maps`, or of a crop of each."""
     *stages, _, _ = encoder.eval().backbone.children()
     ends = (2, next(i for i, stage in enumerate(stages) if isinstance(stage, empssl.Residual)), len(stages) - 1)
-    found, side = {name: [] for name in PARTS}, 2 * encoder.architecture["patch_size"]
+    found, side = {name: [] for name in wanted}, 2 * encoder.architecture["patch_size"]
     for index in io.progress(torch.arange(len(images)).split(500), desc="embedding", leave=False):
-        params = empssl.sample_patches(len(index), 1, images.shape[2:], laptop.WHOLE_IMAGE)
+        params = empssl.sample_patches(len(index), 1, images.shape[2:], augmentation, empssl.generator(seed, "layouts", int(index[0])))
         x, maps = empssl.cut(images, index, params, side, torch.device("cpu")), []
         for i, stage in enumerate(stages):
             x = stage(x)
             maps += [x] if i in ends else []
         k = max(1, x.shape[-1] // 2)
         h = encoder.represent(F.avg_pool2d(x, k, k // 2).permute(2, 3, 0, 1).flatten(0, 2)).view(9, len(index), -1)
-        for name, part in PARTS.items():
-            found[name].append(part(*maps, h))
+        for name in wanted:
+            found[name].append(PARTS[name](*maps, h))
     return {name: torch.cat(blocks) for name, blocks in found.items()}
 
 
@@ -83,15 +89,30 @@ def main(path: str) -> None:
     torch.testing.assert_close(torch.cat([test["last"], test["h"]], 1)[:100], empssl.embed(encoder, held_out[:100], 1, maps=True),
                                atol=1e-4, rtol=1e-3)
     rows = []
+
+    def score(name, predicted, x, y, u, epochs=30):
+        top1, _ = empssl.linear_probe(x, y, u, their_labels, epochs=epochs)
+        rows.append({"layout": name, "predicted": predicted, "features": x.shape[1], "holdout_top1": top1})
+        print(f"{name}: predicted {predicted}; {x.shape[1]} features, holdout {top1:.4f}", flush=True)
     for name, (predicted, parts) in LAYOUTS.items():
         x, u = (torch.cat([features[part] for part in parts], 1) for features in (train, test))
         if "unit variance" in name:
             scale = x.std(0) + 1e-6
             scale *= ((x / scale).square().sum(1).mean() / x.square().sum(1).mean()).sqrt()         # as long as before
             x, u = x / scale, u / scale
-        top1, _ = empssl.linear_probe(x, labels[:20_000], u, their_labels, epochs=30)
-        rows.append({"layout": name, "predicted": predicted, "features": x.shape[1], "holdout_top1": top1})
-        print(f"{name}: predicted {predicted}; {x.shape[1]} features, holdout {top1:.4f}", flush=True)
+        score(name, predicted, x, labels[:20_000], u)
+    wanted = ("last", "h")
+    views = [[torch.cat([features[part] for part in wanted], 1)] for features in (train, test)]
+    del train, test
+    for seed in range(1, 4):
+        for some, view in zip((images[:20_000], held_out), views):
+            view.append(torch.cat([*parts_of(encoder, some, CROPS, wanted, seed).values()], 1))
+    mean = [sum(view) / 4 for view in views]
+    (averaged, further, both), y = VIEWS, labels[:20_000]
+    score(averaged, VIEWS[averaged], mean[0], y, mean[1])
+    x, y = torch.cat(views[0]), y.repeat(4)
+    score(further, VIEWS[further], x, y, views[1][0], epochs=8)
+    score(both, VIEWS[both], x, y, mean[1], epochs=8)
     record = {"encoder": path, **io.provenance("cpu"), "layouts": rows}
     io.save_atomically(laptop.RESULTS / "layouts.json", lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))
 
