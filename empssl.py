@@ -333,7 +333,7 @@ def regions(x: Tensor) -> Tensor:
 def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
     """16x16 patches to 384 numbers: 128 channels of 8x8, 384 of 4x4 pixels, and their mean. All but the first convolution are
     depthwise, or products of matrices: dense ones did worse at equal seconds on two CPU cores (results/laptop/)."""
-    act = lambda width: [nn.BatchNorm2d(width), nn.ReLU()]
+    act = lambda width: [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     depthwise = lambda width, stride: [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width)]
     residual = lambda width: Residual(*depthwise(width, 1), Pointwise(width, width, bias=False), *act(width))
     last = [*depthwise(128, 2), Pointwise(128, 384, bias=False), *act(384), residual(384), residual(384)]

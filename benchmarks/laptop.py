@@ -71,7 +71,8 @@ def separable(first, second, third=0, early=0, blocks=2):
 BACKBONES = {"plain": (plain, (96, 192, 384)), "residual": (residual, (24, 48, 96, 192)), "separable": (separable, (96, 192, 384)),
              "separable-wide": (separable, (128, 288, 640)), "two-stages-512": (separable, (128, 512, 0, 0, 1)),
              "two-stages-384": (separable, (128, 384)), "early-block": (separable, (128, 288, 640, 1, 1)),
-             "early-384-one": (separable, (128, 384, 0, 1, 1)), "early-384": (separable, (128, 384, 0, 1, 2))}
+             "early-384-one": (separable, (128, 384, 0, 1, 1)), "early-384": (separable, (128, 384, 0, 1, 2)),
+             "early-576": (separable, (192, 576, 0, 1, 2))}
 WHOLE, THIRD = 45_000, 15_000                                    # images
 WHOLE_IMAGE = empssl.Augmentation.none(area=(1.0, 1.0))
 BEFORE = dict(patches=18, hidden=1024, projector=1024)          # the preset that the search began from
@@ -131,6 +132,9 @@ TRIES = {
     "now-bf16": Try("0, at half the patches a second: this CPU has no bf16 arithmetic", dict(epochs=2, precision="bf16"), **NOW),
     "now-averaging": Try("+0.3: a cosine to 0 leaves little to average", dict(epochs=2), averaging=0.98, **NOW),
     "now-sgd": Try("-3: an independent run lost 31 without LARS, on a deeper network", dict(epochs=2, optimizer="sgd"), **NOW),
+    "ten": Try("0.77: the preset on 45,000 images; for those below, which take about as long", dict(epochs=2), backbone="early-384", whitened=True),
+    "ten-wider": Try("-0.5: less than half the patches a second, so half of them; it should be the better one in an hour", dict(patches=8, epochs=1),
+                     backbone="early-576", whitened=True),
     "short-batch-50": Try("no figure: twice the steps", SHORT | dict(batch=50, lam=60.0), backbone="separable", whitened=True),
 }
 
