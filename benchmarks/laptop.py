@@ -68,11 +68,17 @@ def separable(first, second, third=0, early=0, blocks=2):
     return layers + ([nn.PixelUnshuffle(2), *pointwise(4 * second, third)] if third else [])
 
 
+def one_stage(width, blocks=1):
+    """A convolution of stride 2, then residual blocks at 8x8 pixels: the preset without its last stage, at any width."""
+    return [*dense(3, width, 3, 2, 1), *(empssl.Residual(*depthwise(width, 1), *pointwise(width, width)) for _ in range(blocks))]
+
+
 BACKBONES = {"plain": (plain, (96, 192, 384)), "residual": (residual, (24, 48, 96, 192)), "separable": (separable, (96, 192, 384)),
              "separable-wide": (separable, (128, 288, 640)), "two-stages-512": (separable, (128, 512, 0, 0, 1)),
              "two-stages-384": (separable, (128, 384)), "early-block": (separable, (128, 288, 640, 1, 1)),
              "early-384-one": (separable, (128, 384, 0, 1, 1)), "early-384": (separable, (128, 384, 0, 1, 2)),
-             "early-576": (separable, (192, 576, 0, 1, 2))}
+             "early-576": (separable, (192, 576, 0, 1, 2)), "one-stage": (one_stage, (128,)), "one-stage-256": (one_stage, (256,)),
+             "one-stage-256-two": (one_stage, (256, 2))}
 WHOLE, THIRD = 45_000, 15_000                                    # images
 WHOLE_IMAGE = empssl.Augmentation.none(area=(1.0, 1.0))
 BEFORE = dict(patches=18, hidden=1024, projector=1024)          # the preset that the search began from
@@ -135,6 +141,10 @@ TRIES = {
     "ten": Try("0.77: the preset on 45,000 images; for those below, which take about as long", dict(epochs=2), backbone="early-384", whitened=True),
     "ten-wider": Try("-0.5: less than half the patches a second, so half of them; it should be the better one in an hour", dict(patches=8, epochs=1),
                      backbone="early-576", whitened=True),
+    "ten-one-stage": Try("+0.5: of 15,000 images, at equal seconds, it gained a point of the linear probe", dict(epochs=5), backbone="one-stage",
+                         whitened=True),
+    "ten-one-stage-256": Try("+1.5: twice the features, at half the patches", dict(epochs=3), backbone="one-stage-256", whitened=True),
+    "ten-one-stage-256-two": Try("+1 over ten-one-stage", dict(epochs=2), backbone="one-stage-256-two", whitened=True),
     "short-batch-50": Try("no figure: twice the steps", SHORT | dict(batch=50, lam=60.0), backbone="separable", whitened=True),
 }
 
@@ -182,7 +192,8 @@ def run(name: str, data: io.Dataset, seed: int = 0) -> dict:
     encoder = empssl.Encoder("small", config.patch_size, config.hidden, config.projector, config.dim)
     build, widths = BACKBONES[chosen.backbone]
     encoder.backbone = nn.Sequential(*build(*widths), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    encoder.represent[0] = nn.Linear(widths[-1], config.hidden)
+    encoder.represent[0] = nn.LazyLinear(config.hidden)
+    encoder.eval()(torch.zeros(2, 3, config.patch_size, config.patch_size))
     if chosen.whitened:
         empssl.whiten(encoder.backbone[0], images[:2000])
     encoder = encoder.to(memory_format=torch.channels_last)
@@ -209,6 +220,7 @@ if __name__ == "__main__":
     if unknown:
         io.stop(f"error: there is no try {', '.join(sorted(unknown))}; the tries are {', '.join(TRIES)}.", 2)
     with io.mistakes_in_one_sentence():
+        io.keep_freed_memory()
         data = io.load_dataset("imagefolder", "data/cifar10-jpeg")
         for name in sys.argv[1:] or [name for name in TRIES if not (RESULTS / f"{name}.json").exists()]:
             record = run(name, data)
