@@ -42,7 +42,7 @@ def draw_patches(plt, config: dict, data: io.Dataset, path: Path, rows: int = 6,
                                 gridspec_kw={"wspace": 0.05, "hspace": 0.05})
     for row in range(rows):
         for column, ax in enumerate(axes[row]):
-            ax.imshow(images[row].permute(1, 2, 0) if column == 0 else x[row, column - 1])
+            ax.imshow((images[row].permute(1, 2, 0) if column == 0 else x[row, column - 1]).numpy())
             ax.axis("off")
     axes[0][0].set_title("image")
     axes[0][1].set_title(f"patches, {config['patch_size']}x{config['patch_size']}", loc="left")
