@@ -203,7 +203,7 @@ def peers_records() -> dict[str, dict[str, list[dict]]]:
         name, kind, _ = parts.groups()
         record = read(path)
         if encoder := record["metrics"].get("checkpoint"):
-            trained = json.loads(path.with_name(Path(encoder).parent.name.removeprefix("peers-") + ".json").read_text())
+            trained = read(path.with_name(Path(encoder).parent.name.removeprefix("peers-") + ".json"))
             record = trained | {"metrics": trained["metrics"] | record["metrics"]}
         if kind != "trained":
             found.setdefault(name, {}).setdefault(kind, []).append(record)
