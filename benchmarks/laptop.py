@@ -77,7 +77,7 @@ BACKBONES = {"plain": (plain, (96, 192, 384)), "residual": (residual, (24, 48, 9
              "separable-wide": (separable, (128, 288, 640)), "two-stages-512": (separable, (128, 512, 0, 0, 1)),
              "two-stages-384": (separable, (128, 384)), "early-block": (separable, (128, 288, 640, 1, 1)),
              "early-384-one": (separable, (128, 384, 0, 1, 1)), "early-384": (separable, (128, 384, 0, 1, 2)),
-             "early-576": (separable, (192, 576, 0, 1, 2)), "one-stage": (one_stage, (128,)), "one-stage-256": (one_stage, (256,)),
+             "early-576": (separable, (192, 576, 0, 1, 2)), "deeper-384": (separable, (128, 384, 0, 2, 3)), "one-stage": (one_stage, (128,)), "one-stage-256": (one_stage, (256,)),
              "one-stage-256-two": (one_stage, (256, 2))}
 WHOLE, THIRD = 45_000, 15_000                                    # images
 WHOLE_IMAGE = empssl.Augmentation.none(area=(1.0, 1.0))
@@ -138,6 +138,11 @@ TRIES = {
     "now-bf16": Try("0, at half the patches a second: this CPU has no bf16 arithmetic", dict(epochs=2, precision="bf16"), **NOW),
     "now-averaging": Try("+0.3: a cosine to 0 leaves little to average", dict(epochs=2), averaging=0.98, **NOW),
     "now-sgd": Try("-3: an independent run lost 31 without LARS, on a deeper network", dict(epochs=2, optimizer="sgd"), **NOW),
+    "now-lr-1": Try("+0.3: 0.3 gained over 0.1, but LARS's clip makes the rate a cap", dict(epochs=2, lr=1.0), **NOW),
+    "now-eta-0.01": Try("0: twice the trust, so twice the steps' length where the clip acts", dict(epochs=2, eta=0.01), **NOW),
+    "now-batch-200": Try("-0.5: half the steps, of a larger spread", dict(epochs=4, patches=4, batch=200), **NOW),
+    "now-deeper": Try("+0.5: a block more in both stages, at three quarters of the patches", dict(epochs=2, patches=6),
+                      images=THIRD, backbone="deeper-384", whitened=True),
     "ten": Try("0.77: the preset on 45,000 images; for those below, which take about as long", dict(epochs=2), backbone="early-384", whitened=True),
     "ten-wider": Try("-0.5: less than half the patches a second, so half of them; it should be the better one in an hour", dict(patches=8, epochs=1),
                      backbone="early-576", whitened=True),
