@@ -108,6 +108,7 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "empssl-lambda-10": "--patches 20 --lam 10",
     "empssl-batch-50": "--patches 20 --batch 50",
     "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
+    "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
     "empssl-lambda-400": "--patches 20 --lam 400",
     "empssl-batch-200": "--patches 20 --batch 200",
     "simclr-published-views": "--method simclr --crops published",
