@@ -112,6 +112,7 @@ PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20
     "empssl-lambda-400": "--patches 20 --lam 400",
     "empssl-batch-200": "--patches 20 --batch 200",
     "simclr-published-views": "--method simclr --crops published",
+    "empssl-10-patches": "--patches 10",
 }
 
 
