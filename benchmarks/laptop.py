@@ -144,6 +144,8 @@ TRIES = {
     "now-batch-200": Try("-0.5: half the steps, of a larger spread", dict(epochs=4, patches=4, batch=200), **NOW),
     "now-batch-50": Try("+1.5: with 20 patches, one epoch of a third, it gained 2.3 on the comparison's bench", dict(epochs=2, batch=50), **NOW),
     "now-batch-25": Try("+1: steps are short, R sees little", dict(epochs=2, batch=25), **NOW),
+    "now-batch-50-lr-0.15": Try("+0.5 over now-batch-50: a rate of 1 lost 4 points, biases take its steps undamped", dict(epochs=2, batch=50, lr=0.15), **NOW),
+    "now-batch-50-lr-0.15-eta-0.01": Try("+0.3 over that: longer steps of the matrices alone", dict(epochs=2, batch=50, lr=0.15, eta=0.01), **NOW),
     "now-lambda-200": Try("+0.5: what the smaller batch may have changed, lambda against R's maximum", dict(epochs=2, lam=200.0), **NOW),
     "now-deeper": Try("+0.5: a block more in both stages, at three quarters of the patches", dict(epochs=2, patches=6),
                       images=THIRD, backbone="deeper-384", whitened=True),
