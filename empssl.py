@@ -67,7 +67,7 @@ class Config(io.RunConfig):
 PRESETS = {
     "paper": dict(patches=20, augmentation="paper", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=4096,
                   projector=4096, dim=1024, eval_patches=128, eval_augmentation="train"),
-    "laptop": dict(patches=8, patch_size=16, augmentation="light", batch=100, lr=0.3, lam=100.0, backbone="small",
+    "laptop": dict(patches=8, patch_size=16, augmentation="light", batch=50, lr=0.3, lam=100.0, backbone="small",
                    hidden=1024, projector=512, dim=512, eval_patches=1, eval_augmentation="maps"),
     "fast": dict(patches=20, patch_size=16, augmentation="light", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=2048,
                  projector=2048, dim=1024, eval_patches=16, eval_augmentation="grid", drop_last_stage=True, compile=True),

@@ -46,7 +46,7 @@ main)
         dataset=cifar10 recipe=
         echo "CIFAR-10 is at hand: training on it"
     else
-        dataset=shapes recipe="--augmentation paper --batch 50"     # few images: more steps, colour must not name them
+        dataset=shapes recipe="--augmentation paper"            # colour must not name them
         echo "CIFAR-10 is not in data/ and cannot be downloaded: training on shapes, drawn in memory"
     fi
     name=$dataset-$(date +%Y%m%d-%H%M%S)

@@ -81,8 +81,8 @@ def ablation() -> list[Run]:
 # ---- peers: on a CPU preset laptop, 15,000 images, so that one epoch of EMP-SSL takes three minutes on two cores ----
 
 METHODS = {                     # each on EMP-SSL's patches; ReSSL's second view and noise alone have their crop alone
-    "untrained": "--eval-only",
-    "empssl": "--patches 20",
+    "untrained": "--eval-only --batch 100",
+    "empssl": "--patches 20 --batch 100",
     "simclr": "--method simclr --augmentation {ours}",
     "simclr-one-negative": "--method simclr --augmentation {ours} --negatives 1",
     "simclr-noise": "--method simclr --augmentation noise --noise 0.5",
@@ -92,27 +92,27 @@ METHODS = {                     # each on EMP-SSL's patches; ReSSL's second view
     "ressl": "--method ressl --augmentation {ours}",
     "single": "--method single --augmentation {ours}",
 }
-PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20 patches but where it says otherwise
+PEERS_ABLATIONS = {             # at equal seconds too, one seed; EMP-SSL has 20 patches of 100 images but where it says otherwise
     "single-random-bank": "--method single --augmentation {ours} --bank-start random",
     "single-moving-average": "--method single --augmentation {ours} --bank-update average",
     "single-no-distillation": "--method single --augmentation {ours} --distillation 0",
-    "empssl-sizes-8-16": "--patches 20 --patch-size 16 --size-schedule 8:0.5,16:0.5",
-    "empssl-no-last-stage": "--patches 20 --drop-last-stage",
-    "empssl-upsampled-32-5-patches": "--patches 5 --patch-size 32",          # the pixels of 20 patches of 16
-    "empssl-5-patches": "--patches 5",
-    "empssl-2-patches": "--patches 2",
-    "empssl-60-patches-of-5000": "--patches 60 --subset 5000",
-    "empssl-200-patches-of-1500": "--patches 200 --subset 1500",
-    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-only --eval-patches 1 --eval-augmentation grid",
-    "empssl-no-lars": "--patches 20 --optimizer sgd",
-    "empssl-lambda-10": "--patches 20 --lam 10",
+    "empssl-sizes-8-16": "--patches 20 --patch-size 16 --size-schedule 8:0.5,16:0.5 --batch 100",
+    "empssl-no-last-stage": "--patches 20 --drop-last-stage --batch 100",
+    "empssl-upsampled-32-5-patches": "--patches 5 --patch-size 32 --batch 100",          # the pixels of 20 patches of 16
+    "empssl-5-patches": "--patches 5 --batch 100",
+    "empssl-2-patches": "--patches 2 --batch 100",
+    "empssl-60-patches-of-5000": "--patches 60 --subset 5000 --batch 100",
+    "empssl-200-patches-of-1500": "--patches 200 --subset 1500 --batch 100",
+    "empssl-centre-crop-at-evaluation": "--patches 20 --eval-only --eval-patches 1 --eval-augmentation grid --batch 100",
+    "empssl-no-lars": "--patches 20 --optimizer sgd --batch 100",
+    "empssl-lambda-10": "--patches 20 --lam 10 --batch 100",
     "empssl-batch-50": "--patches 20 --batch 50",
     "simclr-batch-64": "--method simclr --augmentation {ours} --batch 64 --lr 0.1",
     "single-none-of-the-three": "--method single --augmentation {ours} --bank-start random --bank-update average --distillation 0",
-    "empssl-lambda-400": "--patches 20 --lam 400",
+    "empssl-lambda-400": "--patches 20 --lam 400 --batch 100",
     "empssl-batch-200": "--patches 20 --batch 200",
     "simclr-published-views": "--method simclr --crops published",
-    "empssl-10-patches": "--patches 10",
+    "empssl-10-patches": "--patches 10 --batch 100",
 }
 
 
