@@ -157,6 +157,8 @@ TRIES = {
     "now-branch-0.3": Try("+0.5 over now-batch-50: depth that comes in slowly", dict(epochs=2, batch=50), branch=0.3, **NOW),
     "now-wider": Try("-1 over now-batch-50: 1.5 times the width, at half the patches; within that, it is the better one in an hour",
                      dict(epochs=2, batch=50, patches=4), images=THIRD, backbone="early-576", whitened=True),
+    "now-wider-8-patches": Try("+1.5 over now-batch-50: as many patches as it, in twice its seconds; what it may gain in an hour", dict(epochs=2, batch=50),
+                               images=THIRD, backbone="early-576", whitened=True),
     "now-hidden-2048": Try("+0.5 over now-batch-50, and 1 by the patches' probe: the representation grows in an hour", dict(epochs=2, batch=50, hidden=2048), **NOW),
     "now-lambda-200": Try("+0.5: what the smaller batch may have changed, lambda against R's maximum", dict(batch=100, epochs=2, lam=200.0), **NOW),
     "now-deeper": Try("+0.5: a block more in both stages, at three quarters of the patches", dict(batch=100, epochs=2, patches=6),
@@ -250,7 +252,10 @@ if __name__ == "__main__":
         io.stop(f"error: there is no try {', '.join(sorted(unknown))}; the tries are {', '.join(TRIES)}.", 2)
     with io.mistakes_in_one_sentence():
         io.keep_freed_memory()
+        names = sys.argv[1:] or [name for name in TRIES if not (RESULTS / f"{name}.json").exists()]
+        minutes = sum(13 if TRIES[name].images == WHOLE else 5 for name in names)          # on two cores, with probing
+        print(f"laptop: {len(names)} tries, about {io.human_time(60 * minutes)}: {', '.join(names)}", flush=True)
         data = io.load_dataset("imagefolder", "data/cifar10-jpeg")
-        for name in sys.argv[1:] or [name for name in TRIES if not (RESULTS / f"{name}.json").exists()]:
+        for name in names:
             record = run(name, data)
             (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
