@@ -120,6 +120,7 @@ class Try(NamedTuple):
     averaging: float = 0.0      # decay, a step, of an average of the weights, which is then probed
     slower: float = 1.0         # factor of the gradients of biases and BatchNorms
     branch: float = 1.0         # of a residual branch at the start: its BatchNorm's weight
+    annealed: bool = False      # LARS's trust falls with the learning rate, rather than being capped by it
 
 
 TRIES = {
@@ -181,6 +182,8 @@ TRIES = {
                                images=THIRD, backbone="early-576", whitened=True),
     "now-thin-resnet": Try("+3 over now-batch-50: as many patches, in 2.8 times its seconds; after its first epoch the paper's ResNet-18 is far ahead",
                            dict(epochs=2, batch=50), images=THIRD, backbone="thin-resnet", whitened=True),
+    "now-eta-0.002": Try("+1 over now-batch-50: R + lambda D stands still from step 150 to 440 of 600 and rises when the cap acts", dict(epochs=2, batch=50, eta=0.002), **NOW),
+    "now-annealed": Try("+1.5 over now-batch-50, for the same reason", dict(epochs=2, batch=50), annealed=True, **NOW),
     "now-hidden-2048": Try("+0.5 over now-batch-50, and 1 by the patches' probe: the representation grows in an hour", dict(epochs=2, batch=50, hidden=2048), **NOW),
     "now-lambda-200": Try("+0.5: what the smaller batch may have changed, lambda against R's maximum", dict(batch=100, epochs=2, lam=200.0), **NOW),
     "now-deeper": Try("+0.5: a block more in both stages, at three quarters of the patches", dict(batch=100, epochs=2, patches=6),
@@ -209,6 +212,21 @@ def changed_schedule(warm_up: int):
     empssl.cosine = lambda lr, t, T: before(lr, t, T) * min(1, (t + 1) / max(1, warm_up))
     yield
     empssl.cosine = before
+
+
+@contextlib.contextmanager
+def annealed_trust(wanted: bool):
+    """LARS's eta follows the cosine of `empssl.train`."""
+    before = empssl.new_optimizer
+
+    def new_optimizer(config, parameters):
+        optimizer = before(config, parameters)
+        group = optimizer.param_groups[0]
+        optimizer.register_step_pre_hook(lambda *_: group.update(eta=config.eta * group["lr"] / config.lr))
+        return optimizer
+    empssl.new_optimizer = new_optimizer if wanted else before
+    yield
+    empssl.new_optimizer = before
 
 
 @contextlib.contextmanager
@@ -252,7 +270,7 @@ def run(name: str, data: io.Dataset, seed: int = 0) -> dict:
     encoder = encoder.to(memory_format=torch.channels_last)
     augmentation = dataclasses.replace(empssl.augmentations(config, 32, 32)[0], **chosen.augmentation)
     log, started = [], time.perf_counter()
-    with changed_schedule(chosen.warm_up), averaged(encoder, chosen.averaging) as to_probe:
+    with changed_schedule(chosen.warm_up), annealed_trust(chosen.annealed), averaged(encoder, chosen.averaging) as to_probe:
         metrics = empssl.train(encoder, images, config, augmentation, log.append)
     encoder = to_probe
     h = {}
