@@ -184,6 +184,8 @@ TRIES = {
                            dict(epochs=2, batch=50), images=THIRD, backbone="thin-resnet", whitened=True),
     "now-eta-0.002": Try("+1 over now-batch-50: R + lambda D stands still from step 150 to 440 of 600 and rises when the cap acts", dict(epochs=2, batch=50, eta=0.002), **NOW),
     "now-annealed": Try("+1.5 over now-batch-50, for the same reason", dict(epochs=2, batch=50), annealed=True, **NOW),
+    "now-paper-augmentation": Try("0 over now-batch-50: stronger augmentation lost 2.5 in the first and shortest tries, and should gain in longer ones",
+                                  dict(epochs=2, batch=50, augmentation="paper"), **NOW),
     "now-hidden-2048": Try("+0.5 over now-batch-50, and 1 by the patches' probe: the representation grows in an hour", dict(epochs=2, batch=50, hidden=2048), **NOW),
     "now-lambda-200": Try("+0.5: what the smaller batch may have changed, lambda against R's maximum", dict(batch=100, epochs=2, lam=200.0), **NOW),
     "now-deeper": Try("+0.5: a block more in both stages, at three quarters of the patches", dict(batch=100, epochs=2, patches=6),
