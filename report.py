@@ -137,23 +137,30 @@ def memory(metrics: dict) -> str:
 
 
 def runs_table() -> str:
+    """A row for each recipe, over its seeds: results/*.json, and what `reproduce.sh laptop` keeps in results/laptop/."""
+    recipes = {}
+    for path in [*sorted((RESULTS / "laptop").glob("*-seed*.json")), *sorted(RESULTS.glob("*.json"))]:
+        recipes.setdefault(re.sub(r"-seed\d+$", "", path.stem), []).append(path)
     rows = []
-    for path in sorted(RESULTS.glob("*.json")):
-        r = read(path)
-        m, data = r["metrics"], r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
-        own = f"{m['representation_top1']:.3f}" if "representation_top1" in m else "not measured"
-        rows.append([data, r["preset"], r["epochs"], f"{m['patches_seen']:,}", f"{m['train_seconds']:.0f} s", f"{m['probe_seconds']:.0f} s",
-                     memory(m), f"{m['linear_top1']:.3f}", own, f"{m['knn_top1']:.3f}", f"{m['untrained_top1']:.3f}",
-                     f"{m['raw_pixels_top1']:.3f}", r["hardware"], r["seed"], f"[{path.stem}](results/{path.name})"])
+    for name, paths in recipes.items():
+        records = [read(path) for path in paths]
+        r, mean = records[0], lambda key: sum(r["metrics"][key] for r in records) / len(records)
+        data = r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
+        accuracies = ("linear_top1", "representation_top1", "knn_top1", "untrained_top1", "raw_pixels_top1")
+        links = [f"[{name if i == 0 else r['seed']}]({path.relative_to(RESULTS.parent)})" for i, (r, path) in enumerate(zip(records, paths))]
+        rows.append([data, r["preset"] + (", all labels" if r.get("method") == "supervised" else ""), r["epochs"], f"{mean('patches_seen'):,.0f}",
+                     f"{mean('train_seconds'):.0f} s", f"{mean('probe_seconds'):.0f} s", memory(max((r["metrics"] for r in records), key=lambda m: m.get("peak_memory", 0))),
+                     *(spread(records, key) if key in r["metrics"] else "not measured" for key in accuracies), r["hardware"],
+                     ", ".join(str(r["seed"]) for r in records), ", ".join(links)])
     return table(["data", "preset", "epochs", "patches seen", "training", "probing", "peak memory", "linear", "of the representation", "kNN",
-                  "untrained", "raw pixels", "hardware", "seed", "record"], rows)
+                  "untrained", "raw pixels", "hardware", "seeds", "record"], rows)
 
 
 def memory_table() -> str:
-    records = [read(path) for path in sorted(RESULTS.glob("*.json")) + sorted(RESULTS.glob("memory/*.json"))]
+    records = [read(path) for kind in ("laptop/*-seed0.json", "*.json", "memory/*.json") for path in sorted(RESULTS.glob(kind))]
     rows = []
     for r in records:
-        if "peak_memory" in (m := r["metrics"]):
+        if "peak_memory" in (m := r["metrics"]) and "method" not in r:
             saved = (f"{m['checkpoint_bytes'] / 1e6:.0f} MB in {m['saving_seconds'] / m['checkpoints']:.1f} s" if m.get("checkpoints")
                      else "not measured")
             rows.append([r["preset"], r["batch"], r["patches"], f"{r['patch_size']}x{r['patch_size']}", f"{r['device']}, {r['precision']}",
@@ -369,9 +376,9 @@ def laptop_story() -> str:
                   table(["layout", "predicted", "features", "gave"], [[t["layout"], t["predicted"], f"{t['features']:,}", f"{t['holdout_top1']:.4f}"]
                                                                     for t in found["layouts"]["layouts"]])]
     rows = []
-    for path in [*sorted((RESULTS / "laptop").glob("earlier-preset-*.json")), *sorted(RESULTS.glob("cifar10-jpeg-laptop*.json"))]:
+    for path in [path for kind in ("earlier-preset-*", "*-seed*") for path in sorted((RESULTS / "laptop").glob(f"{kind}.json"))]:
         m = read(path)["metrics"]
-        rows.append([f"[{path.stem}]({'' if path.parent != RESULTS else '../'}{path.name})", f"{m['patches_seen']:,}",
+        rows.append([f"[{path.stem}]({path.name})", f"{m['patches_seen']:,}",
                      f"{m['train_seconds']:.0f} s", *(f"{m[key]:.4f}" for key in ("linear_top1", "knn_top1", "untrained_top1"))])
     parts += ["## The preset on the test set", "Nothing was chosen on it.",
               table(["record", "patches", "training", "linear", "kNN", "untrained"], rows)]

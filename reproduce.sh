@@ -6,8 +6,9 @@
 # bash reproduce.sh transfer   CIFAR-10's encoder on CIFAR-100 and back, or --from FOLDER --to FOLDER
 # bash reproduce.sh ablation   patches, batch, lambda, LARS
 # bash reproduce.sh peers      every method of baselines.py, at equal epochs and at equal seconds
+# bash reproduce.sh laptop     the README's first table: preset laptop for ten minutes, the same with all labels, and for an hour
+#                              (--search [TRY ...]: the tries that preset laptop was chosen by, those without a record)
 #                              these take --seeds N, --subset N (a rehearsal), --anyway (on a CPU) and go on where they were cut off
-# bash reproduce.sh laptop     the search for the laptop preset
 # bash reproduce.sh speed      the official way, presets paper and fast on one GPU: patches/s, a step's parts, seconds to 80, 85, 90 %
 #                              (--search: the tries for preset fast; --rehearse: small, and on a CPU)
 # bash reproduce.sh figures    README's tables and pictures anew, from results/
@@ -69,7 +70,7 @@ cifar10|cifar100|tinyimagenet|imagenet100|transfer|ablation|peers)
     ;;
 laptop)
     setup figures matplotlib sklearn
-    "$PY" benchmarks/laptop.py "${@:2}"
+    if [ "${2:-}" = --search ]; then "$PY" benchmarks/laptop.py "${@:3}"; else "$PY" benchmarks/evidence.py laptop "${@:2}"; fi
     "$PY" report.py --readme
     ;;
 speed)

@@ -5,6 +5,7 @@
     transfer                    CIFAR-10's encoder probed on CIFAR-100 and the other way round; or --from A --to B, two folders
     ablation                    patches, batch, lambda, LARS, at one epoch of CIFAR-10
     peers                       every method of baselines.py, at equal epochs and at equal seconds
+    laptop                      preset laptop on two cores: ten minutes, the same with all labels, an hour
 
 Says first what will run and about how long it takes here. A run that was cut off is resumed, one that has a record in
 results/COMMAND/ for the same recipe is left alone. On a CPU the paper's recipes take days: they are refused, with an
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     name: str                   # of its record, results/<command>/<name>.json
     flags: str                  # of baselines.py, which takes all of empssl.py's; a run of EMP-SSL is empssl.py's own
     after: str = ""             # the run whose encoder is probed
+    once: bool = False          # whatever --seeds
 
 
 def paper(dataset: str, data_dir: str = "data") -> list[Run]:
@@ -76,6 +78,14 @@ ABLATION = {"as-the-preset": "", **{f"{n}-patches": f"--patches {n}" for n in (2
 
 def ablation() -> list[Run]:
     return [Run(name, f"--dataset cifar10 --preset paper --epochs 1 {flags}") for name, flags in ABLATION.items()]
+
+
+def laptop() -> list[Run]:
+    """The figures of the README's first table. An hour has one seed: the preset, and what was to do better."""
+    bench = "--dataset imagefolder --data-dir data/cifar10-jpeg --preset laptop --device cpu"
+    hours = {"an-hour": "--epochs 12", "an-hour-hidden-4096": "--epochs 9 --hidden 4096 --augmentation paper"}
+    return [*(Run(name, f"{bench} {flags}", once=True) for name, flags in hours.items()),
+            Run("ten-minutes", f"{bench} --epochs 2"), Run("ten-minutes-supervised", f"{bench} --epochs 2 --method supervised", once=True)]
 
 
 # ---- peers: on a CPU preset laptop, 15,000 images, so that one epoch of EMP-SSL takes three minutes on two cores ----
@@ -230,12 +240,14 @@ def start(run: Run, results: str, subset: int | None = None) -> None:
     ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
     if ended.returncode:
         sys.exit(ended.returncode)
+    if results == "laptop":                                         # the README shows the first
+        report.draw(folder)
     report.keep_record(folder, results, run.name)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("cifar10", "cifar100", "tinyimagenet", "imagenet100", "transfer", "ablation", "peers"))
+    parser.add_argument("command", choices=("cifar10", "cifar100", "tinyimagenet", "imagenet100", "transfer", "ablation", "peers", "laptop"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--subset", type=int, help="of the training images: a rehearsal, its records go to results/rehearsal/")
     parser.add_argument("--anyway", action="store_true", help="on a CPU too, whatever it takes")
@@ -253,14 +265,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     runs = {"cifar10": lambda: paper("cifar10"), "cifar100": lambda: paper("cifar100"),
             "tinyimagenet": lambda: folders("tinyimagenet", flags.data_dir), "imagenet100": lambda: folders("imagenet100", flags.data_dir),
-            "transfer": lambda: transfer(flags), "ablation": ablation}[flags.command]()
+            "transfer": lambda: transfer(flags), "ablation": ablation, "laptop": laptop}[flags.command]()
     open_runs = [run._replace(name=f"{run.name}-seed{seed}", flags=f"{run.flags} --seed {seed}", after=run.after and f"{run.after}-seed{seed}")
-                 for seed in range(flags.seeds) for run in runs]
+                 for seed in range(flags.seeds) for run in runs if seed == 0 or not run.once]
     open_runs = [run for run in open_runs if not done(run, *where)]
     seconds = estimate(open_runs, flags.subset)
     print(f"{flags.command}: {len(open_runs)} runs, about {io.human_time(seconds)} of training on {io.describe_device('cuda' if GPU else 'cpu')}, "
           f"and probing", *(f"  {run.name}" for run in open_runs), sep="\n")
-    if not GPU and "paper" in "".join(run.flags for run in open_runs) and not (flags.anyway or flags.subset):
+    if not GPU and "--preset paper" in "".join(run.flags for run in open_runs) and not (flags.anyway or flags.subset):
         raise io.UsageError(f"The paper's recipes would take about {seconds / 86400:.0f} days here; use a GPU, give --anyway, or rehearse "
                             f"with --subset 500 --seeds 1.")
     for run in open_runs:

@@ -64,6 +64,17 @@ def test_a_run_that_fails_stops_the_command_with_its_code(results, in_tmp, monke
     assert stop.value.code == 2 and not results.exists()
 
 
+def test_ten_minutes_have_every_seed_and_an_hour_has_one(results, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "patches_per_second", lambda config: 800_000 / 600)
+    monkeypatch.setattr(evidence, "start", lambda *run: None)
+    evidence.main(["laptop", "--seeds", "2"])
+    said = capsys.readouterr().out.splitlines()
+    seconds = sum(int(run.flags.split("--epochs ")[1].split()[0]) * 300 for run in evidence.laptop()) + 600
+    assert f"{len(evidence.laptop()) + 1} runs, about {io.human_time(seconds)}" in said[0]
+    names = [line.strip() for line in said[1:]]
+    assert [name for name in names if name.endswith("-seed1")] == ["ten-minutes-seed1"] and "an-hour-seed0" in names
+
+
 def test_what_a_run_takes_is_measured():
     config = evidence.empssl.Config(device="cpu", preset="laptop", precision="float32", patches=2, patch_size=16, batch=10, lr=0.1,
                                        lam=1.0, backbone="small", hidden=16, projector=16, dim=8, augmentation="light")

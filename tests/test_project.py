@@ -127,6 +127,20 @@ def test_a_kept_record_fills_the_table(in_tmp, monkeypatch):
         report.main(["--record", str(run)])
 
 
+def test_seeds_of_a_recipe_are_one_row(in_tmp, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", in_tmp / "results")
+    (in_tmp / "results" / "laptop").mkdir(parents=True)
+    for seed, linear in ((0, 0.70), (1, 0.74)):
+        metrics = dict(linear_top1=linear, representation_top1=0.6, knn_top1=0.4, untrained_top1=0.3, raw_pixels_top1=0.2, patches_seen=1000,
+                       train_seconds=9.0 + seed, probe_seconds=3.0, peak_memory=2 ** (31 + seed))
+        record = dict(dataset="shapes", preset="laptop", method="supervised", epochs=2, hardware="abacus", seed=seed, metrics=metrics)
+        (in_tmp / "results" / "laptop" / f"two-seed{seed}.json").write_text(json.dumps(record))
+    (in_tmp / "results" / "laptop" / "a-try.json").write_text("{}")
+    assert report.runs_table().splitlines()[2:] == [
+        "| shapes | laptop, all labels | 2 | 1,000 | 10 s | 3 s | 4.0 GiB | 0.720 ± 0.020 | 0.600 ± 0.000 | 0.400 ± 0.000 | 0.300 ± 0.000 "
+        "| 0.200 ± 0.000 | abacus | 0, 1 | [two](results/laptop/two-seed0.json), [1](results/laptop/two-seed1.json) |"]
+
+
 def test_the_patches_in_a_picture_are_drawn_as_the_method_draws_them(monkeypatch):
     class Drawn(Exception):
         pass
