@@ -370,11 +370,12 @@ def laptop_story() -> str:
             parts += [f"### {title.replace('_', ' ').capitalize()}", how["what"]]
             for group, values in ({k: v for k, v in how.items() if isinstance(v, dict)} or {"how": how}).items():
                 parts.append(table([group, ""], [[k.strip(), figure(v)] for k, v in values.items() if k != "what"]))
-    if "layouts" in found:
-        parts += ["## layouts", f"benchmarks/layouts.py, of `{found['layouts']['encoder']}`: what is probed beside or instead of what the preset "
-                  "probes; 20,000 labels, 5,000 training images held out, 30 probe epochs",
-                  table(["layout", "predicted", "features", "gave"], [[t["layout"], t["predicted"], f"{t['features']:,}", f"{t['holdout_top1']:.4f}"]
-                                                                    for t in found["layouts"]["layouts"]])]
+    for name, what in (("layouts", "what is probed beside or instead of what the preset probes; 20,000 labels"),
+                       ("views", "how many views of an image, whole (one) or large crops of it (several), its maps are the mean of; 10,000 labels")):
+        if name in found:
+            rows = [[t["layout"], t["predicted"], f"{t['features']:,}", f"{t['holdout_top1']:.4f}"] for t in found[name]["layouts"]]
+            parts += [f"## {name}", f"benchmarks/layouts.py, of `{found[name]['encoder']}`: {what}, 5,000 training images held out, 30 probe epochs",
+                      table(["layout", "predicted", "features", "gave"], rows)]
     rows = []
     for path in [path for kind in ("earlier-preset-*", "*-seed*") for path in sorted((RESULTS / "laptop").glob(f"{kind}.json"))]:
         m = read(path)["metrics"]

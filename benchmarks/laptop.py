@@ -1,4 +1,4 @@
-"""The search for the laptop preset: python benchmarks/laptop.py [TRY ...]     (default: all that have no record yet)
+"""The search for the laptop preset: python benchmarks/laptop.py [TRY | TRY@SEED ...]     (default: all that have no record yet)
 
 Each try is one pass over 45,000 of the 50,000 training images of CIFAR-10's JPEG copy (data/cifar10-jpeg), or over a third
 of them, scored by the paper's linear probe on the other 5,000. Test data is never read here. What it was
@@ -35,21 +35,6 @@ def plain(*widths):
         layers += dense(inputs, outputs, kernel, 2, padding)
         inputs = outputs
     return layers
-
-
-class Block(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.main = nn.Sequential(*dense(inputs, outputs, 3, 2, 1), *dense(outputs, outputs, 3, 1, 1)[:2])
-        self.side = nn.Sequential(*dense(inputs, outputs, 1, 2, 0)[:2])
-
-    def forward(self, x):
-        return torch.relu(self.main(x) + self.side(x))
-
-
-def residual(stem, *widths):
-    """A stem at full resolution, then residual stages of stride 2."""
-    return dense(3, stem, 3, 1, 1) + [Block(inputs, outputs) for inputs, outputs in zip((stem, *widths), widths)]
 
 
 class Basic(nn.Module):
@@ -93,7 +78,7 @@ def one_stage(width, blocks=1):
     return [*dense(3, width, 3, 2, 1), *(empssl.Residual(*depthwise(width, 1), *pointwise(width, width)) for _ in range(blocks))]
 
 
-BACKBONES = {"plain": (plain, (96, 192, 384)), "residual": (residual, (24, 48, 96, 192)), "separable": (separable, (96, 192, 384)),
+BACKBONES = {"plain": (plain, (96, 192, 384)), "separable": (separable, (96, 192, 384)),
              "separable-wide": (separable, (128, 288, 640)), "two-stages-512": (separable, (128, 512, 0, 0, 1)),
              "two-stages-384": (separable, (128, 384)), "early-block": (separable, (128, 288, 640, 1, 1)),
              "early-384-one": (separable, (128, 384, 0, 1, 1)), "early-384": (separable, (128, 384, 0, 1, 2)),
@@ -132,7 +117,6 @@ TRIES = {
     "third-whitened": Try("+1 over third: a first layer that need not be learned", WIDER, THIRD, whitened=True),
     "third-colour": Try("+0.5 over third: the paper's saturation and hue", WIDER, THIRD, augmentation=dict(saturation=0.4, hue=0.2)),
     "third-scales": Try("+0.5 over third: crops of 0.15 to 0.4 of the image", WIDER, THIRD, augmentation=dict(area=(0.15, 0.4))),
-    "residual": Try("-1 over hidden-2048: depth, at 0.6 of its patches", WIDER | dict(patches=11), backbone="residual"),
     "separable": Try("no figure: deeper, at 1.6 times the patches a second of hidden-2048",
                      dict(batch=100, lr=0.1, patches=16, epochs=2, hidden=2048, projector=512), backbone="separable", whitened=True),
     "separable-wide": Try("+1 over separable, with regions: what a short run saturates is the width",
@@ -168,13 +152,10 @@ TRIES = {
     "now-batch-50": Try("+1.5: with 20 patches, one epoch of a third, it gained 2.3 on the comparison's bench", dict(epochs=2, batch=50), **NOW),
     "now-batch-25": Try("+1: steps are short, R sees little", dict(epochs=2, batch=25), **NOW),
     "now-batch-50-lr-0.15": Try("+0.5 over now-batch-50: a rate of 1 lost 4 points, biases take its steps undamped", dict(epochs=2, batch=50, lr=0.15), **NOW),
-    "now-batch-50-lr-0.15-eta-0.01": Try("+0.3 over that: longer steps of the matrices alone", dict(epochs=2, batch=50, lr=0.15, eta=0.01), **NOW),
     "now-shallower": Try("+1 over now-batch-50: a block more lost 3.6 points, so a block less, and the patches that its time buys",
                          dict(epochs=2, batch=50, patches=10), images=THIRD, backbone="early-384-one", whitened=True),
     "now-slower-0.1": Try("+1 over now-batch-50: biases and BatchNorms take raw steps on a loss scaled by 100", dict(epochs=2, batch=50),
                           slower=0.1, **NOW),
-    "now-slower-0.03-lr-1": Try("+1 over that: the rate that lost 4 points, where it is a cap alone", dict(epochs=2, batch=50, lr=1.0),
-                               slower=0.03, **NOW),
     "now-branch-0.3": Try("+0.5 over now-batch-50: depth that comes in slowly", dict(epochs=2, batch=50), branch=0.3, **NOW),
     "now-wider": Try("-1 over now-batch-50: 1.5 times the width, at half the patches; within that, it is the better one in an hour",
                      dict(epochs=2, batch=50, patches=4), images=THIRD, backbone="early-576", whitened=True),
@@ -191,8 +172,6 @@ TRIES = {
     "now-deeper": Try("+0.5: a block more in both stages, at three quarters of the patches", dict(batch=100, epochs=2, patches=6),
                       images=THIRD, backbone="deeper-384", whitened=True),
     "ten": Try("0.78: the preset, now of batches of 50, on 45,000 images; for those below, which take about as long", dict(epochs=2), backbone="early-384", whitened=True),
-    "ten-wider": Try("-0.5: less than half the patches a second, so half of them; it should be the better one in an hour", dict(patches=8, epochs=1),
-                     backbone="early-576", whitened=True),
     "ten-one-stage": Try("+0.5: of 15,000 images, at equal seconds, it gained a point of the linear probe", dict(epochs=5), backbone="one-stage",
                          whitened=True),
     "ten-one-stage-256": Try("+1.5: twice the features, at half the patches", dict(epochs=3), backbone="one-stage-256", whitened=True),
@@ -250,7 +229,7 @@ def averaged(encoder: empssl.Encoder, decay: float):
 
 
 def run(name: str, data: io.Dataset, seed: int = 0) -> dict:
-    chosen = TRIES[name]
+    chosen = TRIES[name.split("@")[0]]
     settings = empssl.PRESETS["laptop"] | chosen.settings
     config = empssl.Config(**dict(preset="laptop", precision="float32", device="cpu", seed=seed) | settings)
     (images, labels), (held_out, their_labels) = holdout_split(data)
@@ -289,15 +268,18 @@ def run(name: str, data: io.Dataset, seed: int = 0) -> dict:
 
 
 if __name__ == "__main__":
-    unknown = set(sys.argv[1:]) - set(TRIES)
+    records = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    recorded = {t.get("try") for record in records for t in (record, *record.get("tries", ()))}
+    names = sys.argv[1:] or [name for name in TRIES if name not in recorded]
+    tries = [(name, TRIES.get(name.split("@")[0]), name.partition("@")[2] or "0") for name in names]
+    unknown = [name for name, chosen, seed in tries if chosen is None or not seed.isdecimal()]
     if unknown:
-        io.stop(f"error: there is no try {', '.join(sorted(unknown))}; the tries are {', '.join(TRIES)}.", 2)
+        io.stop(f"error: there is no try {', '.join(unknown)}; the tries are {', '.join(TRIES)}, each with @SEED or without.", 2)
     with io.mistakes_in_one_sentence():
         io.keep_freed_memory()
-        names = sys.argv[1:] or [name for name in TRIES if not (RESULTS / f"{name}.json").exists()]
-        minutes = sum(13 if TRIES[name].images == WHOLE else 5 for name in names)          # on two cores, with probing
+        minutes = sum(13 if chosen.images == WHOLE else 5 for _, chosen, _ in tries)       # on two cores, with probing
         print(f"laptop: {len(names)} tries, about {io.human_time(60 * minutes)}: {', '.join(names)}", flush=True)
         data = io.load_dataset("imagefolder", "data/cifar10-jpeg")
-        for name in names:
-            record = run(name, data)
+        for name, _, seed in tries:
+            record = run(name, data, int(seed))
             (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

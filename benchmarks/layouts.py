@@ -1,8 +1,9 @@
-"""What the laptop preset's probe could see: python benchmarks/layouts.py runs/<name>/encoder.pt     (an encoder of preset laptop)
+"""What the laptop preset's probe could see: python benchmarks/layouts.py runs/<name>/encoder.pt [views]     (an encoder of preset laptop)
 
 Layouts of one encoder's maps of the whole image, each scored by the linear probe (30 epochs) with the labels of 20,000 training
 images of CIFAR-10's JPEG copy on 5,000 others. Test data is never read here. What each was predicted to give, and what it
-gave, goes to results/laptop/layouts.json.
+gave, goes to results/laptop/layouts.json; or, with `views`, how many --eval-patches such maps may be the mean of, with 10,000 labels,
+to results/laptop/views.json.
 """
 
 import json
@@ -57,6 +58,37 @@ VIEWS = {                       # of the image whole and three crops of it, with
     "crops as further images": "+1: what a linear evaluation elsewhere does; as many steps",
     "the same, mean of the test features": "+0.5 over that",
 }
+EVAL_PATCHES = {                # with --eval-augmentation maps
+    1: "no figure: the preset, for the two below",
+    4: "+0.7: whole image and three crops gained 0.5",
+    8: "+1",
+}
+
+
+def read_encoder(path: str) -> empssl.Encoder:
+    saved = io.load_checkpoint(path)
+    if (saved["architecture"]["backbone"], saved["architecture"]["drop_last_stage"]) != ("small", False):
+        raise io.UsageError(f"{path} is no encoder of preset laptop; give one of those.")
+    encoder = empssl.Encoder(**saved["architecture"])
+    io.load_weights(encoder, path)
+    return encoder
+
+
+def keep(name: str, encoder: str, rows: list[dict]) -> None:
+    record = {"encoder": encoder, **io.provenance("cpu"), "layouts": rows}
+    io.save_atomically(laptop.RESULTS / f"{name}.json", lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def views(path: str, labels_used: int = 10_000) -> None:
+    encoder, rows = read_encoder(path), []
+    (images, labels), (held_out, their_labels) = laptop.holdout_split(io.load_dataset("imagefolder", "data/cifar10-jpeg"))
+    for patches, predicted in EVAL_PATCHES.items():
+        _, shown = empssl.augmentations(empssl.Config(eval_augmentation="maps", eval_patches=patches), *images.shape[2:])
+        x, u = (empssl.embed(encoder, some, patches, shown, maps=True) for some in (images[:labels_used], held_out))
+        top1, _ = empssl.linear_probe(x, labels[:labels_used], u, their_labels, epochs=30)
+        rows.append({"layout": f"mean of {patches} views", "predicted": predicted, "features": x.shape[1], "holdout_top1": top1})
+        print(f"{patches}: predicted {predicted}; holdout {top1:.4f}", flush=True)
+    keep("views", path, rows)
 
 
 @torch.no_grad()
@@ -79,11 +111,7 @@ def parts_of(encoder: empssl.Encoder, images: Tensor, augmentation=laptop.WHOLE_
 
 
 def main(path: str) -> None:
-    saved = io.load_checkpoint(path)
-    if (saved["architecture"]["backbone"], saved["architecture"]["drop_last_stage"]) != ("small", False):
-        raise io.UsageError(f"{path} is no encoder of preset laptop; give one of those.")
-    encoder = empssl.Encoder(**saved["architecture"])
-    io.load_weights(encoder, path)
+    encoder = read_encoder(path)
     (images, labels), (held_out, their_labels) = laptop.holdout_split(io.load_dataset("imagefolder", "data/cifar10-jpeg"))
     train, test = parts_of(encoder, images[:20_000]), parts_of(encoder, held_out)
     torch.testing.assert_close(torch.cat([test["last"], test["h"]], 1)[:100], empssl.embed(encoder, held_out[:100], 1, maps=True),
@@ -113,12 +141,11 @@ def main(path: str) -> None:
     x, y = torch.cat(views[0]), y.repeat(4)
     score(further, VIEWS[further], x, y, views[1][0], epochs=8)
     score(both, VIEWS[both], x, y, mean[1], epochs=8)
-    record = {"encoder": path, **io.provenance("cpu"), "layouts": rows}
-    io.save_atomically(laptop.RESULTS / "layouts.json", lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))
+    keep("layouts", path, rows)
 
 
 if __name__ == "__main__":
     with io.mistakes_in_one_sentence():
-        if len(sys.argv) != 2:
-            raise io.UsageError("give one encoder.pt, such as runs/demo/encoder.pt.")
-        main(sys.argv[1])
+        if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["views"]):
+            raise io.UsageError("give one encoder.pt, such as runs/demo/encoder.pt, and `views` or nothing.")
+        (views if sys.argv[2:] else main)(sys.argv[1])

@@ -81,6 +81,19 @@ def test_what_a_run_takes_is_measured():
     assert 10 < evidence.patches_per_second(config) < 1e6
 
 
+def test_what_a_run_takes_is_measured_over_one_epoch_whatever_the_run_has(monkeypatch):
+    config = evidence.empssl.Config(device="cpu", preset="laptop", precision="float32", patches=2, patch_size=16, batch=10, lr=0.1, epochs=30,
+                                       lam=1.0, backbone="small", hidden=16, projector=16, dim=8, augmentation="light")
+    now, trained = [0.0], []
+
+    def train(encoder, images, config, augmentation):
+        trained.append(config.epochs * len(images) * config.patches)
+        now[0] += trained[-1] / 500                                 # seconds, at 500 patches/s
+    monkeypatch.setattr(evidence.empssl, "train", train)
+    monkeypatch.setattr(evidence.time, "perf_counter", lambda: now[0])
+    assert evidence.patches_per_second(config) == pytest.approx(500) and trained[-1] == 30
+
+
 def test_epochs_seen_on_the_way_are_rows_of_their_own(results):
     (results / "cifar10").mkdir(parents=True)
     metrics = lambda accuracy, **more: {"linear_top1": accuracy, "knn_top1": 0.5, "train_seconds": 7.0} | more
