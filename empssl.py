@@ -56,8 +56,8 @@ class Config(io.RunConfig):
     projector: int = flag(None, "width between the representation and the embedding")
     dim: int = flag(None, "d, width of the embedding")
     eval_patches: int = flag(None, "patches an image when probing")
-    eval_augmentation: str = flag(None, "how those are drawn: as in training, crops alone on an even grid, or the whole image (if "
-                                  "several, most of it) and what the encoder sees in its parts", choices=("train", "grid", "maps"))
+    eval_augmentation: str = flag(None, "how those are drawn: as in training, crops alone on an even grid, or the whole image "
+                                  "and what the encoder sees in its parts", choices=("train", "grid", "maps"))
     probe_epochs: str = flag(None, "probe after these epochs too, as 1,10; the time it takes is not training's")
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
     precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
@@ -111,8 +111,7 @@ def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augment
     """For training and for evaluation. "light" suits small encoders: less colour, no blur, no solarizing."""
     light = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0) if config.augmentation == "light" else {}
     train = Augmentation(ratio=(1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3), **light)
-    maps = Augmentation.none(area=(1.0, 1.0)) if config.eval_patches == 1 else Augmentation.none(area=(0.6, 1.0), flip=0.5)
-    return train, {"train": train, "grid": None, "maps": maps, None: None}[config.eval_augmentation]
+    return train, {"train": train, "grid": None, "maps": Augmentation.none(area=(1.0, 1.0)), None: None}[config.eval_augmentation]
 
 
 COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
@@ -573,8 +572,8 @@ def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Aug
     """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
 
     The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by default crops
-    alone on an even grid. `maps`: patches are at twice the side, the whole image unless `augmentation` says otherwise, and seen by
-    `Encoder.maps`. Raises `UsageError` where `patches` makes no even grid."""
+    alone on an even grid. `maps`: the whole image at twice a patch's side, seen by `Encoder.maps`; give `patches=1`.
+    Raises `UsageError` where `patches` makes no even grid."""
     encoder.eval()
     device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
     look, s, none = (encoder.maps, 2 * s, Augmentation.none(area=(1.0, 1.0))) if maps else (encoder.representation, s, None)

@@ -1036,6 +1036,9 @@ def settings(config, presets: dict):
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {least}.")
     if config.eval_augmentation == "grid" and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
         raise UsageError(f"--eval-patches {config.eval_patches} makes no even grid; give a square such as 1, 4, 9 or 16.")
+    if config.eval_augmentation == "maps" and config.eval_patches != 1:
+        raise UsageError(f"--eval-augmentation maps shows an image once; with --eval-patches {config.eval_patches} goes "
+                         f"--eval-augmentation grid.")
     if config.probe_epochs and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.probe_epochs):
         raise UsageError(f"--probe-epochs {config.probe_epochs!r} is no list of epochs; give one such as 1,10.")
     for path in (config.checkpoint, getattr(config, "warm_last_stage", None)):

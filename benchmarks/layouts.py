@@ -2,7 +2,7 @@
 
 Layouts of one encoder's maps of the whole image, each scored by the linear probe (30 epochs) with the labels of 20,000 training
 images of CIFAR-10's JPEG copy on 5,000 others. Test data is never read here. What each was predicted to give, and what it
-gave, goes to results/laptop/layouts.json; or, with `views`, how many --eval-patches such maps may be the mean of, with 10,000 labels,
+gave, goes to results/laptop/layouts.json; or, with `views`, of how many large crops the maps may be the mean, with 10,000 labels,
 to results/laptop/views.json.
 """
 
@@ -58,7 +58,7 @@ VIEWS = {                       # of the image whole and three crops of it, with
     "crops as further images": "+1: what a linear evaluation elsewhere does; as many steps",
     "the same, mean of the test features": "+0.5 over that",
 }
-EVAL_PATCHES = {                # with --eval-augmentation maps
+CROPS_SEEN = {                  # of CROPS; 1: the image whole
     1: "no figure: the preset, for the two below",
     4: "+0.7: whole image and three crops gained 0.5",
     8: "+1",
@@ -82,8 +82,8 @@ def keep(name: str, encoder: str, rows: list[dict]) -> None:
 def views(path: str, labels_used: int = 10_000) -> None:
     encoder, rows = read_encoder(path), []
     (images, labels), (held_out, their_labels) = laptop.holdout_split(io.load_dataset("imagefolder", "data/cifar10-jpeg"))
-    for patches, predicted in EVAL_PATCHES.items():
-        _, shown = empssl.augmentations(empssl.Config(eval_augmentation="maps", eval_patches=patches), *images.shape[2:])
+    for patches, predicted in CROPS_SEEN.items():
+        shown = laptop.WHOLE_IMAGE if patches == 1 else CROPS
         x, u = (empssl.embed(encoder, some, patches, shown, maps=True) for some in (images[:labels_used], held_out))
         top1, _ = empssl.linear_probe(x, labels[:labels_used], u, their_labels, epochs=30)
         rows.append({"layout": f"mean of {patches} views", "predicted": predicted, "features": x.shape[1], "holdout_top1": top1})

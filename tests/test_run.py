@@ -147,18 +147,9 @@ def test_probes_on_the_way():
 
 
 def test_the_whole_image_at_evaluation():
-    _, at_eval = empssl.augmentations(Config(augmentation="light", eval_augmentation="maps", eval_patches=1), 32, 32)
+    _, at_eval = empssl.augmentations(Config(augmentation="light", eval_augmentation="maps"), 32, 32)
     params = empssl.sample_patches(5, 1, (32, 32), at_eval)
     assert (params[..., :4] == torch.tensor([0.0, 0, 32, 32])).all() and (params[..., 4] == 0).all()
-
-
-def test_several_views_at_evaluation_are_large_crops_and_their_mirror_images():
-    _, at_eval = empssl.augmentations(Config(augmentation="light", eval_augmentation="maps", eval_patches=4), 32, 32)
-    params = empssl.sample_patches(200, 4, (32, 32), at_eval, empssl.generator(0, "test", 0))
-    top, left, height, width, flip = params[..., :5].unbind(-1)
-    assert (height == width).all() and height.min() == 25 and height.max() == 32          # 0.6 of 32 * 32 is 24.8 * 24.8
-    assert 0.4 < flip.mean() < 0.6 and top.max() > 0 and left.max() > 0
-    assert (params[..., 5:8] == 1).all() and (params[..., 8:] == 0).all()                   # no colour changes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
@@ -351,6 +342,7 @@ def test_the_first_lines_say_what_is_to_come(capsys):
     ([*SHAPES, "--size-schedule", "16:0.5,64:0.5"], "larger than the 32x32 images"),
     ([*SHAPES, "--size-schedule", "0:0.5,16:0.5"], "between 1 and"),
     ([*SHAPES, "--probe-epochs", "1,x"], "list of epochs"),
+    ([*SHAPES, "--eval-augmentation", "maps"], "--eval-augmentation grid"),
     ([*SHAPES, "--eta", "-1"], "--eta is -1"),
 ], ids=lambda x: " ".join(x[-3:]) if isinstance(x, list) else "")
 def test_mistakes(arguments, sentence, in_tmp, capsys):
