@@ -152,6 +152,7 @@ def runs_table() -> str:
                      f"{mean('train_seconds'):.0f} s", f"{mean('probe_seconds'):.0f} s", memory(max((r["metrics"] for r in records), key=lambda m: m.get("peak_memory", 0))),
                      *(spread(records, key) if key in r["metrics"] else "not measured" for key in accuracies), r["hardware"],
                      ", ".join(str(r["seed"]) for r in records), ", ".join(links)])
+    rows.sort(key=lambda row: (row[0], row[2]))
     return table(["data", "preset", "epochs", "patches seen", "training", "probing", "peak memory", "linear", "of the representation", "kNN",
                   "untrained", "raw pixels", "hardware", "seeds", "record"], rows)
 
