@@ -136,6 +136,10 @@ def memory(metrics: dict) -> str:
     return ", ".join(parts) or "not measured"
 
 
+def data_name(record: dict) -> str:
+    return record["dataset"] if record["dataset"] != "imagefolder" else Path(record["data_dir"]).name
+
+
 def runs_table() -> str:
     """A row for each recipe, over its seeds: results/*.json, and what `reproduce.sh laptop` keeps in results/laptop/."""
     recipes = {}
@@ -145,10 +149,9 @@ def runs_table() -> str:
     for name, paths in recipes.items():
         records = [read(path) for path in paths]
         r, mean = records[0], lambda key: sum(r["metrics"][key] for r in records) / len(records)
-        data = r["dataset"] if r["dataset"] != "imagefolder" else Path(r["data_dir"]).name
         accuracies = ("linear_top1", "representation_top1", "knn_top1", "untrained_top1", "raw_pixels_top1")
         links = [f"[{name if i == 0 else r['seed']}]({path.relative_to(RESULTS.parent)})" for i, (r, path) in enumerate(zip(records, paths))]
-        rows.append([data, r["preset"] + (", all labels" if r.get("method") == "supervised" else ""), r["epochs"], f"{mean('patches_seen'):,.0f}",
+        rows.append([data_name(r), r["preset"] + (", all labels" if r.get("method") == "supervised" else ""), r["epochs"], f"{mean('patches_seen'):,.0f}",
                      f"{mean('train_seconds'):.0f} s", f"{mean('probe_seconds'):.0f} s", memory(max((r["metrics"] for r in records), key=lambda m: m.get("peak_memory", 0))),
                      *(spread(records, key) if key in r["metrics"] else "not measured" for key in accuracies), r["hardware"],
                      ", ".join(str(r["seed"]) for r in records), ", ".join(links)])
@@ -158,15 +161,16 @@ def runs_table() -> str:
 
 
 def memory_table() -> str:
-    records = [read(path) for kind in ("laptop/*-seed0.json", "*.json", "memory/*.json") for path in sorted(RESULTS.glob(kind))]
-    rows = []
+    """A row for each recipe, from the run of it that took the most."""
+    records = [read(path) for kind in ("laptop/*-seed*.json", "*.json", "memory/*.json") for path in sorted(RESULTS.glob(kind))]
+    largest = {}
     for r in records:
-        if "peak_memory" in (m := r["metrics"]) and "method" not in r:
-            saved = (f"{m['checkpoint_bytes'] / 1e6:.0f} MB in {m['saving_seconds'] / m['checkpoints']:.1f} s" if m.get("checkpoints")
-                     else "not measured")
-            rows.append([r["preset"], r["batch"], r["patches"], f"{r['patch_size']}x{r['patch_size']}", f"{r['device']}, {r['precision']}",
-                         memory(m), saved])
-    rows += [[preset, "", "", "", "GPU", "not measured", "not measured"] for preset in empssl.PRESETS
+        recipe = (r["preset"], data_name(r), r["batch"], r["patches"], f"{r['patch_size']}x{r['patch_size']}", r["hidden"], f"{r['device']}, {r['precision']}")
+        if "peak_memory" in r["metrics"] and "method" not in r:
+            largest[recipe] = max(r["metrics"], largest.get(recipe, {"peak_memory": 0}), key=lambda m: m["peak_memory"])
+    rows = [[*recipe, memory(m), f"{m['checkpoint_bytes'] / 1e6:.0f} MB in {m['saving_seconds'] / m['checkpoints']:.1f} s" if m.get("checkpoints")
+             else "not measured"] for recipe, m in largest.items()]
+    rows += [[preset, "", "", "", "", "", "GPU", "not measured", "not measured"] for preset in empssl.PRESETS
              if not any(r["preset"] == preset and r["device"].startswith("cuda") for r in records)]
     for precision in ("bf16", "float32"):                           # of benchmarks/speed.py: 20,000 patches in one forward
         path, said = RESULTS / "speed" / f"memory-{precision}.json", "not measured"
@@ -174,8 +178,8 @@ def memory_table() -> str:
             r = read(path)
             held = "does not fit" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2 ** 30:.1f} GiB of the GPU, two steps"
             said = f"{held} ({r['device_bytes'] / 2 ** 30:.0f} GiB, {r['hardware']})"
-        rows.append(["paper", 100, 200, "32x32", f"GPU, {precision}", said])
-    return table(["preset", "batch", "patches", "patch", "on", "peak memory", "a checkpoint"], rows)
+        rows.append(["paper", "", 100, 200, "32x32", 4096, f"GPU, {precision}", said])
+    return table(["preset", "data", "batch", "patches", "patch", "hidden", "on", "peak memory", "a checkpoint"], rows)
 
 
 def ops_table() -> str:
