@@ -604,24 +604,21 @@ def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Te
     ours = slice(io.rank() * hidden // io.processes(), (io.rank() + 1) * hidden // io.processes())
     train_features, test_features = train_features[:, ours].contiguous(), test_features[:, ours].contiguous()
     y, test_labels = train_labels.to(device), test_labels.to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer = nn.Linear(hidden, int(max(y.max(), test_labels.max())) + 1).to(device)
-    weight, bias = layer.weight[:, ours].clone(), layer.bias                    # (classes, share), (classes,)
-    logits = lambda x: io.sum_over_processes(F.linear(x, weight)) + bias        # (batch, classes)
-    weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
-    target = F.one_hot(y, layer.out_features).to(weight)
+    classes, bound, start = int(max(y.max(), test_labels.max())) + 1, hidden ** -0.5, torch.Generator().manual_seed(seed)
+    weight, bias = (torch.empty(classes, n).uniform_(-bound, bound, generator=start).to(device) for n in (hidden, 1))   # as nn.Linear
+    weight = weight[:, ours].clone()                                            # (classes, share); bias (classes, 1)
+    logits = lambda x: io.sum_over_processes(weight @ x.T) + bias               # (classes, batch), the faster way round on a CPU
+    weight_step, bias_step, target = torch.zeros_like(weight), torch.zeros_like(bias), F.one_hot(y, classes).T.contiguous().to(weight)
     for epoch in io.progress(range(epochs), desc="linear probe", unit="epoch", leave=False):
         rate = cosine(lr, epoch, epochs)
         for index in torch.randperm(len(y), generator=generator(seed, "probe", epoch)).to(device).split(batch):
             x = train_features.index_select(0, index)                           # [index] takes half as long again on a CPU
-            error = (F.softmax(logits(x), 1) - target[index]) / len(index)      # of the logits
-            weight_step.addmm_(error.T, x, beta=0.9).add_(weight, alpha=5e-5)
-            bias_step.mul_(0.9).add_(bias, alpha=5e-5).add_(error.sum(0))
+            error = (F.softmax(logits(x), 0) - target.index_select(1, index)) / len(index)          # of the logits
+            weight_step.addmm_(error, x, beta=0.9).add_(weight, alpha=5e-5)
+            bias_step.mul_(0.9).add_(bias, alpha=5e-5).add_(error.sum(1, keepdim=True))
             weight.sub_(weight_step, alpha=rate)
             bias.sub_(bias_step, alpha=rate)
-    guesses = logits(test_features).topk(min(5, len(bias)), dim=1).indices       # (M, 5)
-    hits = guesses == test_labels.view(-1, 1)
+    hits = logits(test_features).topk(min(5, classes), dim=0).indices.T == test_labels.view(-1, 1)               # (M, 5)
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
 
 
@@ -632,7 +629,7 @@ def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tenso
     bank, y = F.normalize(train_features, dim=1), train_labels.to(train_features.device)
     hits = torch.zeros((), device=y.device)
     blocks = list(zip(F.normalize(test_features, dim=1).split(1000), test_labels.to(y.device).split(1000)))
-    for queries, answers in blocks[io.rank()::io.processes()]:
+    for queries, answers in io.progress(blocks[io.rank()::io.processes()], desc="kNN", unit="block", leave=False):
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)             # (1000, k)
         votes = torch.zeros(len(queries), int(y.max()) + 1, device=y.device)
         votes.scatter_add_(1, y[nearest], (similarity / temperature).exp())
@@ -644,13 +641,17 @@ def probe(seen: list[Tensor], data: io.Dataset, config: Config, augmentation: Au
     """Probes of both splits' features, `seen`, and of their last columns, the representation h. Beside them stand those of raw
     pixels and of the untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
     linear = lambda train, test: linear_probe(train, data.train_labels, test, data.test_labels)
-    h, (top1, top5) = [x[:, -config.hidden:] for x in seen], linear(*seen)
-    untrained = new_encoder(config, data.train_images)
-    return {"linear_top1": top1, "linear_top5": top5, "representation_top1": top1 if h[0].shape == seen[0].shape else linear(*h)[0],
-            "knn_top1": knn_probe(h[0], data.train_labels, h[1], data.test_labels),
-            "raw_pixels_top1": io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, (data.train_images, data.test_images)))[0]),
-            "untrained_top1": io.remembered(io.untrained_key(data, config, untrained, augmentation), lambda: linear(*features(
-                settled(untrained, data.train_images, config), data, config, augmentation))[0])}
+    h, untrained = [x[:, -config.hidden:] for x in seen], new_encoder(config, data.train_images)
+    key = io.untrained_key(data, config, untrained, augmentation)
+    start = features(settled(untrained, data.train_images, config), data, config, augmentation) if io.remembered(key) is None else []
+    untrained_top1, (top1, top5), of_h, raw_pixels_top1, knn_top1 = io.side_by_side(config.device, [
+        lambda: io.remembered(key, lambda: linear(*start)[0]),
+        lambda: linear(*seen),
+        lambda: linear(*h) if h[0].shape != seen[0].shape else None,
+        lambda: io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, (data.train_images, data.test_images)))[0]),
+        lambda: knn_probe(h[0], data.train_labels, h[1], data.test_labels)])
+    return {"linear_top1": top1, "linear_top5": top5, "representation_top1": (of_h or (top1,))[0], "knn_top1": knn_top1,
+            "raw_pixels_top1": raw_pixels_top1, "untrained_top1": untrained_top1}
 
 
 def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:

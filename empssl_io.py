@@ -708,8 +708,8 @@ def save_results(folder: RunFolder, h: list[Tensor | None], data: Dataset, path:
         save_features(folder.path / "test_features.npz", test_features=h[1].half(), test_labels=data.test_labels)
 
 
-def remembered(key: str, compute) -> float:
-    """`compute()`, a number, remembered on disk under `key`."""
+def remembered(key: str, compute=None) -> float | None:
+    """`compute()`, a number, remembered on disk under `key`; without `compute`, None where it is not."""
     path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         value = json.loads(path.read_text())
@@ -719,11 +719,29 @@ def remembered(key: str, compute) -> float:
         answer = [value]
         dist.broadcast_object_list(answer)
         value = answer[0]
-    if value is None:
+    if value is None and compute:
         value = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(path, lambda out: out.write(json.dumps(value).encode()))
     return value
+
+
+def side_by_side(device: str, tasks: list) -> list:
+    """Results of `tasks`, functions of nothing that do not depend on each other, the longest first. On a CPU as many at a time as
+    it has cores, which share out better over tasks than over steps as short as a probe's; else one after the other."""
+    threads = torch.get_num_threads()
+    if processes() > 1 or threads == 1 or torch.device(device).type != "cpu":
+        return [task() for task in tasks]
+    pool = ThreadPoolExecutor(min(threads, len(tasks)), initializer=torch.set_num_threads, initargs=(max(1, threads // len(tasks)),))
+    try:
+        return [task.result() for task in [pool.submit(task) for task in tasks]]
+    except BaseException:                                           # of a task, or a signal
+        _given_up.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _given_up.clear()
+        torch.set_num_threads(threads)                              # MKL's count is not a thread's but the process's
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -861,8 +879,20 @@ class _Screen:
         return getattr(sys.stderr, name)
 
 
+_given_up = threading.Event()
+
+
+class _Bar(tqdm):
+    """A progress bar; its loop stops where `side_by_side` has no more use for what it makes."""
+    def __iter__(self):
+        for item in super().__iter__():
+            if _given_up.is_set():
+                raise RuntimeError("What this makes is not wanted any more.")
+            yield item
+
+
 def progress(*args, **kwargs) -> tqdm:
-    return tqdm(*args, file=_Screen(), dynamic_ncols=True, disable=rank() > 0, **kwargs)
+    return _Bar(*args, file=_Screen(), dynamic_ncols=True, disable=rank() > 0, **kwargs)
 
 
 def show(bar: tqdm, record: dict) -> None:

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_the_probe_follows_the_official_recipe(monkeypatch):
     logits, products = layer(u), []
     monkeypatch.setattr(io, "sum_over_processes", lambda x: products.append(x) or x)
     top1, top5 = linear_probe(x, y, u, v, epochs=epochs, lr=lr)
-    torch.testing.assert_close(products[-1], u @ layer.weight.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(products[-1].T, u @ layer.weight.T, rtol=1e-4, atol=1e-5)
     assert linear_probe(x, y, u, v, epochs=epochs, lr=lr) == (top1, top5)
     assert [inspect.signature(linear_probe).parameters[name].default for name in ("epochs", "batch", "lr")] == [100, 100, 0.03]
     assert 0.15 < top1 < 0.95
@@ -98,6 +100,42 @@ def test_the_representations_own_figures_are_of_the_last_columns(monkeypatch):
     config.hidden = 20
     alone = empssl.probe([x, u], data, config, None)
     assert alone["representation_top1"] == alone["linear_top1"] > 0.97 and alone["knn_top1"] > 0.97
+
+
+def test_tasks_side_by_side_answer_in_order_and_each_on_its_share_of_the_cores():
+    threads, both = torch.get_num_threads(), threading.Barrier(2)
+    try:
+        torch.set_num_threads(2)
+        meet = lambda answer: lambda: (both.wait(10), answer, torch.get_num_threads())[1:]  # waits for ever, alone
+        assert io.side_by_side("cpu", [meet("a"), meet("b")]) == [("a", 1), ("b", 1)] and torch.get_num_threads() == 2
+        assert io.side_by_side("meta", [torch.get_num_threads] * 2) == [2, 2]       # no CPU: one after the other, each on all
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_failed_task_is_raised_and_those_beside_it_stop(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    begun, turns = threading.Event(), []
+
+    def endless():
+        for turn in io.progress(range(1000)):
+            turns.append(turn)
+            begun.set()
+            time.sleep(0.01)
+
+    def fails():
+        begun.wait(10)
+        raise io.UsageError("the disk is full")
+    with pytest.raises(io.UsageError, match="the disk is full"):
+        io.side_by_side("cpu", [fails, endless])
+    assert 0 < len(turns) < 1000 and list(io.progress(range(3))) == [0, 1, 2]        # what comes after is not stopped
+
+
+def test_a_probe_leaves_the_random_numbers_of_others_alone():
+    """Two probes at once would otherwise begin where the other has got to."""
+    before = torch.get_rng_state()
+    linear_probe(*blobs(100, seed=1), *blobs(50, seed=2), epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.fixture

@@ -263,6 +263,7 @@ def test_export_features(in_tmp):
 
 
 def test_baselines_are_remembered(monkeypatch):
+    assert io.remembered("a figure") is None
     first = main([*SHAPES, "--name", "one"])
     monkeypatch.setattr(empssl, "settled", lambda *_: pytest.fail("computed again"))
     assert main([*SHAPES, "--name", "two"])["untrained_top1"] == first["untrained_top1"]

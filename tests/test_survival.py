@@ -94,12 +94,13 @@ def test_a_second_signal_ends_the_process_at_once():
     assert done.returncode == -signal.SIGINT and done.stdout.count("alive") == 2
 
 
+@pytest.mark.parametrize("where", ["probe", "linear_probe"])         # the second in a thread beside others
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_while_probing_is_a_sentence_and_the_training_is_kept(number, monkeypatch, capsys):
+def test_a_signal_while_probing_is_a_sentence_and_the_training_is_kept(where, number, monkeypatch, capsys):
     whole = main([*RUN, "--name", "whole"])
-    probe = empssl.probe
+    probe = getattr(empssl, where)
     with monkeypatch.context() as patch:
-        patch.setattr(empssl, "probe", lambda *a: os.kill(os.getpid(), number) or probe(*a))
+        patch.setattr(empssl, where, lambda *a, **how: os.kill(os.getpid(), number) or probe(*a, **how))
         with pytest.raises(SystemExit) as stop:
             main([*RUN, "--name", "stopped"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
