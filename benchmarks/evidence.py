@@ -183,6 +183,8 @@ def same_recipe(path: Path, arguments: list[str]) -> bool:
     """Whether the record or the run's `config.json` at `path` is of these arguments, with the presets as they are today. What is
     None here is the data set's to say."""
     ours, theirs = dataclasses.asdict(settled(arguments)), json.loads(path.read_text())
+    if ours.get("method") == "supervised":
+        ours["dim"] = None                                          # as many as there are classes
     return all(theirs.get(key) == value for key, value in ours.items() if value is not None and key not in ("name", "force", "data_dir"))
 
 

@@ -113,6 +113,10 @@ def test_a_recipe_is_its_settings_with_the_presets_of_today(method, in_tmp, monk
     path = in_tmp / "record.json"
     path.write_text(json.dumps(dataclasses.asdict(evidence.settled([*arguments, "--name", "one"])) | {"metrics": {}}))
     assert evidence.same_recipe(path, [*arguments, "--name", "two"])
+    supervised = [*arguments, "--method", "supervised"]
+    of_ten_classes = dataclasses.asdict(evidence.settled(supervised)) | {"dim": 10, "data_dir": "data"}
+    (in_tmp / "supervised.json").write_text(json.dumps(of_ten_classes))
+    assert evidence.same_recipe(in_tmp / "supervised.json", supervised) and not evidence.same_recipe(in_tmp / "supervised.json", arguments)
     assert not evidence.same_recipe(path, [*arguments, "--seed", "1"])
     assert not evidence.same_recipe(path, [*arguments, "--lr", "0.123"])
     monkeypatch.setitem(evidence.empssl.PRESETS["laptop"], "eval_patches", 4)
