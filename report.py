@@ -375,6 +375,12 @@ def laptop_story() -> str:
             parts += [f"### {title.replace('_', ' ').capitalize()}", how["what"]]
             for group, values in ({k: v for k, v in how.items() if isinstance(v, dict)} or {"how": how}).items():
                 parts.append(table([group, ""], [[k.strip(), figure(v)] for k, v in values.items() if k != "what"]))
+    again = {name: [found[f"{name}{seed}"] for seed in ("", "@1", "@2") if f"{name}{seed}" in found] for name in found if f"{name}@1" in found}
+    if again:
+        parts += ["### Finalists", "means over seeds, ± half their range; the preset is `now-batch-50`",
+                  table(["try", "linear", "maps", "knn", "training", "seeds"],
+                        [[name, *(spread(r, f"holdout_{key}_top1") for key in ("linear", "maps", "knn")),
+                          f"{sum(x['metrics']['train_seconds'] for x in r) / len(r):.0f} s", len(r)] for name, r in again.items()])]
     for name, what in (("layouts", "what is probed beside or instead of what the preset probes; 20,000 labels"),
                        ("views", "how many views of an image, whole (one) or large crops of it (several), its maps are the mean of; 10,000 labels")):
         if name in found:
