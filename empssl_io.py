@@ -38,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -732,16 +733,20 @@ def side_by_side(device: str, tasks: list) -> list:
     threads = torch.get_num_threads()
     if processes() > 1 or threads == 1 or torch.device(device).type != "cpu":
         return [task() for task in tasks]
-    pool = ThreadPoolExecutor(min(threads, len(tasks)), initializer=torch.set_num_threads, initargs=(max(1, threads // len(tasks)),))
+
+    def on_its_share(task):                                         # torch.set_num_threads would be the whole process's, and
+        torch.get_num_threads()                                     # leaves batched LU wrong (pytorch/pytorch#141358); PyTorch
+        with threadpool_limits(max(1, threads // len(tasks)), user_api="openmp"):   # counts once in a thread, so it does first
+            return task()
+    pool = ThreadPoolExecutor(min(threads, len(tasks)))
     try:
-        return [task.result() for task in [pool.submit(task) for task in tasks]]
+        return [task.result() for task in [pool.submit(on_its_share, task) for task in tasks]]
     except BaseException:                                           # of a task, or a signal
         _given_up.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
         _given_up.clear()
-        torch.set_num_threads(threads)                              # MKL's count is not a thread's but the process's
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -861,15 +866,24 @@ def agree_on_buffers(encoder: torch.nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+@contextlib.contextmanager
+def _to_whom_it_may_concern():
+    """A reader of stderr that has gone (tee at Ctrl-C, a terminal) must not end a training, nor change its exit code."""
+    try:
+        yield
+    except OSError:
+        sys.stderr = open(os.devnull, "w")                          # Python flushes what is left at exit, and would end with 120
+
+
 class _Screen:
-    """Where a progress bar is drawn: stderr, but a reader that has gone (tee, at Ctrl-C) must not end a training."""
+    """Where a progress bar is drawn: stderr."""
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
+        with _to_whom_it_may_concern():
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with _to_whom_it_may_concern():
             sys.stderr.flush()
 
     def __eq__(self, other):                                    # so that tqdm.write clears the bar first
@@ -1214,6 +1228,6 @@ def mistakes_in_one_sentence():
 def stop(sentence: str, code: int, once: bool = False) -> None:
     """Say why and exit; `once`: said by one process of each machine, as its others end for the same reason."""
     if not once or os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(OSError):                      # the terminal may have gone
+        with _to_whom_it_may_concern():
             print(" ".join(sentence.split()), file=sys.stderr, flush=True)      # one line, whatever was typed
     sys.exit(code)

@@ -27,7 +27,7 @@ setup() {                                           # setup EXTRAS MODULE...: le
     shift
     PY=.venv/bin/python
     [ -x "$PY" ] || PY=$(command -v "${PYTHON:-python3}") || { echo "error: there is no python3; install Python 3.10 or newer." >&2; exit 2; }
-    if has torch torchvision tqdm "$@"; then            # the compiled ops too, where they are missing and can be built
+    if has torch torchvision tqdm threadpoolctl "$@"; then  # the compiled ops too, where they are missing and can be built
         has _empssl || ! has pybind11 ninja setuptools || "$PY" setup.py --quiet build_ext --inplace
         return
     fi

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from threadpoolctl import threadpool_limits
 from torchvision import transforms as V1
 from torchvision.transforms import v2 as V
 
@@ -70,11 +71,11 @@ def official_pipeline(s: int):
 def pil_patches(job) -> int:
     """One core's share: `count` patches of each image."""
     images, count, s = job
-    torch.set_num_threads(1)
     one_patch = official_pipeline(s)
-    for image in images:
-        for _ in range(count):
-            one_patch(image)
+    with threadpool_limits(1, user_api="openmp"):
+        for image in images:
+            for _ in range(count):
+                one_patch(image)
     return len(images) * count
 
 
@@ -113,11 +114,9 @@ def bench_patches(device, rows, s=32, b=100, n=20):
     for dtype in (torch.float32, torch.bfloat16):
         t = median_seconds(lambda i: torch.ops.empssl.extract_patches(images, index[i % sets], params[i % sets], s, dtype), device)
         row(f"this op, {str(dtype)[6:]}", t, n * b)
-    threads = torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(1)
-        t = median_seconds(lambda i: torch.ops.empssl.extract_patches(images, index[i % sets], params[i % sets], s, torch.float32), device)
-        torch.set_num_threads(threads)
+        with threadpool_limits(1, user_api="openmp"):               # torch.set_num_threads spoils batched LU (pytorch/pytorch#141358)
+            t = median_seconds(lambda i: torch.ops.empssl.extract_patches(images, index[i % sets], params[i % sets], s, torch.float32), device)
         row("this op, float32, one core", t, n * b)
     t = median_seconds(lambda i: empssl.extract_patches_ref(images, index[i % sets], params[i % sets], s), device)
     row("its PyTorch reference", t, n * b)
@@ -126,7 +125,6 @@ def bench_patches(device, rows, s=32, b=100, n=20):
     started = time.perf_counter()
     done = pil_patches((pictures, n, s))
     row("PIL, the official pipeline, one core", time.perf_counter() - started, done)
-    torch.set_num_threads(threads)
     cores = len(__import__("os").sched_getaffinity(0))
     with ProcessPoolExecutor(cores) as pool:
         list(pool.map(pil_patches, [(pictures[:1], 1, s)] * cores))                 # start the processes before the clock

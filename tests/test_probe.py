@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 
 import empssl
 import empssl_io as io
@@ -103,14 +104,13 @@ def test_the_representations_own_figures_are_of_the_last_columns(monkeypatch):
 
 
 def test_tasks_side_by_side_answer_in_order_and_each_on_its_share_of_the_cores():
-    threads, both = torch.get_num_threads(), threading.Barrier(2)
-    try:
-        torch.set_num_threads(2)
-        meet = lambda answer: lambda: (both.wait(10), answer, torch.get_num_threads())[1:]  # waits for ever, alone
+    both = threading.Barrier(2)
+    meet = lambda answer: lambda: (both.wait(10), answer, torch.get_num_threads())[1:]      # waits for ever, alone
+    with threadpool_limits(2, user_api="openmp"):
         assert io.side_by_side("cpu", [meet("a"), meet("b")]) == [("a", 1), ("b", 1)] and torch.get_num_threads() == 2
         assert io.side_by_side("meta", [torch.get_num_threads] * 2) == [2, 2]       # no CPU: one after the other, each on all
-    finally:
-        torch.set_num_threads(threads)
+        A = torch.eye(300).expand(3, 300, 300) + 0.01 * torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(A @ torch.linalg.inv(A), torch.eye(300).expand_as(A), atol=1e-3, rtol=0)
 
 
 def test_a_failed_task_is_raised_and_those_beside_it_stop(monkeypatch):
