@@ -10,8 +10,9 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _as_a_user_has_it(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)           # it hides what is lost when a buffer cannot be written
 
 
 @pytest.fixture
