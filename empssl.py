@@ -643,9 +643,9 @@ def probe(seen: list[Tensor], data: io.Dataset, config: Config, augmentation: Au
     linear = lambda train, test: linear_probe(train, data.train_labels, test, data.test_labels)
     h, untrained = [x[:, -config.hidden:] for x in seen], new_encoder(config, data.train_images)
     key = io.untrained_key(data, config, untrained, augmentation)
-    start = features(settled(untrained, data.train_images, config), data, config, augmentation) if io.remembered(key) is None else []
+    before = features(settled(untrained, data.train_images, config), data, config, augmentation) if io.remembered(key) is None else []
     untrained_top1, (top1, top5), of_h, raw_pixels_top1, knn_top1 = io.side_by_side(config.device, [
-        lambda: io.remembered(key, lambda: linear(*start)[0]),
+        lambda: io.remembered(key, lambda: linear(*before)[0]),
         lambda: linear(*seen),
         lambda: linear(*h) if h[0].shape != seen[0].shape else None,
         lambda: io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, (data.train_images, data.test_images)))[0]),

@@ -867,7 +867,7 @@ def agree_on_buffers(encoder: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _to_whom_it_may_concern():
+def _until_the_reader_goes():
     """A reader of stderr that has gone (tee at Ctrl-C, a terminal) must not end a training, nor change its exit code."""
     try:
         yield
@@ -879,11 +879,11 @@ class _Screen:
     """Where a progress bar is drawn: stderr."""
 
     def write(self, text: str) -> None:
-        with _to_whom_it_may_concern():
+        with _until_the_reader_goes():
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        with _to_whom_it_may_concern():
+        with _until_the_reader_goes():
             sys.stderr.flush()
 
     def __eq__(self, other):                                    # so that tqdm.write clears the bar first
@@ -1228,6 +1228,6 @@ def mistakes_in_one_sentence():
 def stop(sentence: str, code: int, once: bool = False) -> None:
     """Say why and exit; `once`: said by one process of each machine, as its others end for the same reason."""
     if not once or os.environ.get("LOCAL_RANK", "0") == "0":
-        with _to_whom_it_may_concern():
+        with _until_the_reader_goes():
             print(" ".join(sentence.split()), file=sys.stderr, flush=True)      # one line, whatever was typed
     sys.exit(code)
