@@ -1,5 +1,6 @@
 """The commands that fill the README: what they refuse, what they run, what they leave alone."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -254,7 +255,8 @@ def test_the_official_loss_is_checked_before_anything_is_timed(monkeypatch):
 def test_each_try_for_speed_is_another_recipe_that_fits(name):
     flags = ["--dataset", "shapes", "--device", "cpu", "--preset", "fast"]
     ours, theirs = evidence.settled([*flags, *speed.TRIES[name].flags.split()]), evidence.settled(flags)
-    assert (ours != theirs) == (name != "as-it-is") or name == "float32"        # which a CPU without bf16 has anyway
+    changed = ours != theirs or speed.TRIES[name].change is not contextlib.nullcontext
+    assert changed == (name != "as-it-is") or name == "float32"                 # which a CPU without bf16 has anyway
     io.check_sizes(ours, 50_000, 32, 32)
 
 
@@ -306,3 +308,19 @@ def test_the_table_of_the_ways(results):
     assert official.endswith("| not measured / 0.910 | 20 s / 30 s / 100 s | abacus |")         # 50 images x 20 patches an epoch, 100 a second
     assert paper.startswith("| paper | not measured |") and bf16.startswith("| paper-bf16 | not measured |")
     assert "| 2.00 (2.0x) |" in fast and "| 25% |" in fast and fast.endswith("| 0.820 / 0.910 | 5 s / 12 s / 40 s | abacus |")
+
+
+def test_a_try_that_fails_is_a_miss_and_the_next_one_runs(results, monkeypatch):
+    data = "--dataset shapes --subset 300 --device cpu --patches 2 --batch 20 --patch-size 8 --hidden 16 --projector 16 --dim 8 --eval-patches 1 --no-compile"
+    monkeypatch.setattr(speed, "TRIES", {"as-it-is": speed.Try("a", ""), "rising": speed.Try("b", "--lr 1e30 --optimizer sgd"),
+                                         "wide": speed.Try("c", "--hidden 32")})
+    monkeypatch.setattr(speed, "data_flags", lambda: data)
+    monkeypatch.setattr(speed, "SMALL", "")
+    speed.main(["--search", "--rehearse"])
+    tries = results / "rehearsal" / "speed" / "tries"
+    read = lambda name: json.loads((tries / f"{name}.json").read_text())["metrics"]
+    assert "not finite" in read("rising")["failed"] and 0 <= read("wide")["holdout_linear_top1"] <= 1
+    (results / "speed").mkdir()
+    tries.rename(results / "speed" / "tries")
+    rows = report.speed_story().splitlines()[-3:]
+    assert "| as-it-is |" in "".join(rows[:2]) and rows[2].startswith("| rising | `--lr 1e30 --optimizer sgd` | b | Loss or weights were not finite")
