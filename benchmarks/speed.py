@@ -297,7 +297,9 @@ def search(name: str, flags: str, folder: Path) -> None:
 
 
 def steady_rate(log: list[dict], patches: int) -> float:
-    """Patches a second from the log's second line on: what is compiled or tuned at first is left out."""
+    """Patches a second from the log's second line on: what is compiled or tuned at first is left out. Of one line, its own rate."""
+    if len(log) == 1:
+        return log[0]["patches_per_second"]
     seconds = lambda r: r["step"] * patches / r["patches_per_second"]                # the log's rate is since the start
     first, last = log[min(1, len(log) - 2)], log[-1]
     return (last["step"] - first["step"]) * patches / (seconds(last) - seconds(first))

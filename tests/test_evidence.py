@@ -278,6 +278,7 @@ def test_a_rate_leaves_the_first_steps_out():
     at = lambda step, seconds: {"step": step, "patches_per_second": step * 2000 / seconds}
     assert speed.steady_rate([at(10, 50.0), at(20, 51.0), at(30, 52.0)], 2000) == pytest.approx(20_000)
     assert speed.steady_rate([at(10, 50.0), at(20, 51.0)], 2000) == pytest.approx(20_000)
+    assert speed.steady_rate([at(10, 50.0)], 2000) == 400
 
 
 def test_the_official_patches_are_those_of_one_image():
