@@ -464,6 +464,34 @@ def test_a_training_with_kernels_and_one_with_references_agree(device, seed, mon
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
+def short_training(device, eta=0.005):
+    """The losses of twenty steps, patches and first weights the same on every device."""
+    torch.manual_seed(0)
+    encoder = empssl.Encoder("resnet18", 16, hidden=64, projector=64, dim=32, drop_last_stage=True)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    config, losses = empssl.Config(patches=8, batch=10, patch_size=16, lr=0.1, lam=20.0, eta=eta, precision="float32"), []
+    encoder.register_forward_hook(lambda _, inputs, z: losses.append(empssl.empssl_loss(z.detach().unflatten(0, (8, -1)), 20.0).item()))
+    empssl.train(encoder, random_images(200, 32, 32, device=device), config, Augmentation())
+    return losses
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+def test_a_training_on_a_gpu_follows_the_cpus(monkeypatch):
+    """At first to float32's rounding, of which training makes ten times as much each step; then on the average."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    cpu, gpu = short_training("cpu"), short_training("cuda")
+    assert_losses_follow(gpu, cpu)
+    with pytest.raises(AssertionError):
+        assert_losses_follow(short_training("cuda", eta=0.0045), cpu)
+
+
+def assert_losses_follow(ours, theirs):
+    assert len(ours) == len(theirs) == 20
+    for t, bound in enumerate((1e-5, 2e-4, 3e-3)):
+        assert ours[t] == pytest.approx(theirs[t], rel=bound)
+    assert sum(ours[10:]) == pytest.approx(sum(theirs[10:]), rel=1e-2)
+
+
 def test_threads_do_not_change_the_result():
     images, params = random_images(20, 32, 32), sample_patches(20, 20, (32, 32), Augmentation())
     results = []
