@@ -616,6 +616,20 @@ def _signals() -> list[int]:
     return [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
 
 
+@contextlib.contextmanager
+def _signals_wait():
+    """What asks a run to stop is heard after this block."""
+    heard = []
+    before = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in _signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in heard:
+        signal.raise_signal(number)
+
+
 class Stopped(BaseException):
     """A signal asked for the end, and everything is saved. Arguments: the signal's number, what to say."""
 
@@ -740,7 +754,9 @@ def side_by_side(device: str, tasks: list) -> list:
             return task()
     pool = ThreadPoolExecutor(min(threads, len(tasks)))
     try:
-        return [task.result() for task in [pool.submit(on_its_share, task) for task in tasks]]
+        with _signals_wait():                                       # one in the midst of it leaves a thread that the pool forgets
+            begun = [pool.submit(on_its_share, task) for task in tasks]
+        return [task.result() for task in begun]
     except BaseException:                                           # of a task, or a signal
         _given_up.set()
         raise

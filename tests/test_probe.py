@@ -1,7 +1,9 @@
 """Embedding and probes."""
 
 import inspect
+import itertools
 import math
+import signal
 import threading
 import time
 
@@ -101,6 +103,31 @@ def test_the_representations_own_figures_are_of_the_last_columns(monkeypatch):
     config.hidden = 20
     alone = empssl.probe([x, u], data, config, None)
     assert alone["representation_top1"] == alone["linear_top1"] > 0.97 and alone["knn_top1"] > 0.97
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_while_threads_start_leaves_none_running(number, monkeypatch, capsys):
+    list(io.progress(range(1)))                                     # tqdm begins a thread of its own with its first bar
+    before, start, signals = set(threading.enumerate()), threading.Thread.start, iter([number])
+
+    def start_and_signal(thread):
+        start(thread)
+        for each in signals:                                        # before the pool has noted that thread
+            signal.raise_signal(each)
+
+    def endless():
+        for _ in io.progress(itertools.count()):
+            time.sleep(0.01)
+    monkeypatch.setattr(threading.Thread, "start", start_and_signal)
+    with pytest.raises(SystemExit) as stop, io.mistakes_in_one_sentence(), threadpool_limits(2, user_api="openmp"):
+        io.side_by_side("cpu", [endless, endless])
+    left = set(threading.enumerate()) - before
+    io._given_up.set()
+    for thread in left:
+        thread.join()
+    io._given_up.clear()
+    assert stop.value.code == 128 + number and not left
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
 
 
 def test_tasks_side_by_side_answer_in_order_and_each_on_its_share_of_the_cores():
