@@ -321,8 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         raise io.UsageError("This compares ways to use a GPU and PyTorch sees none; rehearse it small with --rehearse.")
     data = f"{data_flags()} {SMALL}" if flags.rehearse else data_flags()
     folder = report.RESULTS / ("rehearsal/speed" if flags.rehearse else "speed")
-    print(f"speed: {', '.join(WAYS)}, then runs of 1 and 10 epochs, {1 if flags.rehearse else flags.seeds} seeds (how long: not measured); records in "
-          f"{folder.relative_to(report.RESULTS.parent)}/")
+    what = f"{len(TRIES)} tries" if flags.search else f"{', '.join(WAYS)}, then runs of 1 and 10 epochs, {1 if flags.rehearse else flags.seeds} seeds"
+    print(f"speed: {what} (how long: not measured); records in {folder.relative_to(report.RESULTS.parent)}/")
     if evidence.GPU:
         for op, size in (("extract_patches", 32), ("logdet_spd", 100)):
             compiled, why = empssl_ops.implementation(op, torch.device("cuda"), size, torch.float32)

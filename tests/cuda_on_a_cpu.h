@@ -59,6 +59,7 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK);
     State state;
+    int line;                                                                   // of the barrier at which it waits
     char slot[8];                                                               // what it offers to a shuffle
 };
 
@@ -70,15 +71,16 @@ inline cudaError_t error;
 inline std::mt19937 chance;
 alignas(16) inline unsigned char shared[SHARED + GUARD];
 
-inline void wait(State state) {
+inline void wait(State state, int line) {
     Fiber& fiber = fibers[threadIdx.x];
     fiber.state = state;
+    fiber.line = line;
     swapcontext(&fiber.context, &scheduler);
 }
 
 inline void start() {
     call(body);
-    wait(DONE);
+    wait(DONE, 0);
 }
 
 // Runs a block to its end, from barrier to barrier.
@@ -86,14 +88,10 @@ inline cudaError_t run_block(unsigned threads) {
     std::vector<unsigned> turns(threads);
     std::iota(turns.begin(), turns.end(), 0);
     const auto release = [&](unsigned first, unsigned last, State state) {
-        bool all = true, any = false;
-        for (unsigned t = first; t < last; ++t) {
-            all = all && (fibers[t].state == state || (state == AT_BLOCK && fibers[t].state == DONE));
-            any = any || fibers[t].state == state;
-        }
-        for (unsigned t = first; all && t < last; ++t)
-            if (fibers[t].state == state) fibers[t].state = READY;
-        return all && any;
+        bool all = true;
+        for (unsigned t = first; t < last; ++t) all = all && fibers[t].state == state && fibers[t].line == fibers[first].line;
+        for (unsigned t = first; all && t < last; ++t) fibers[t].state = READY;
+        return all;
     };
     for (;;) {
         std::shuffle(turns.begin(), turns.end(), chance);
@@ -134,15 +132,15 @@ void launch(const Body& kernel, unsigned blocks, unsigned threads, int64_t bytes
 
 }  // namespace on_a_cpu
 
-inline void __syncthreads() { on_a_cpu::wait(on_a_cpu::AT_BLOCK); }
+#define __syncthreads() on_a_cpu::wait(on_a_cpu::AT_BLOCK, __LINE__)
 
 template <typename T>
 T __shfl_down_sync(unsigned, T x, unsigned lanes) {
     const unsigned t = threadIdx.x, from = t % on_a_cpu::WARP + lanes < on_a_cpu::WARP ? t + lanes : t;
     memcpy(on_a_cpu::fibers[t].slot, &x, sizeof x);
-    on_a_cpu::wait(on_a_cpu::AT_WARP);
+    on_a_cpu::wait(on_a_cpu::AT_WARP, 0);
     memcpy(&x, on_a_cpu::fibers[from].slot, sizeof x);
-    on_a_cpu::wait(on_a_cpu::AT_WARP);
+    on_a_cpu::wait(on_a_cpu::AT_WARP, 0);
     return x;
 }
 

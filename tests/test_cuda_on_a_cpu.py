@@ -164,3 +164,15 @@ def test_a_matrix_that_is_not_positive_definite_is_nan_alone(kernels, k):
 
 def test_a_training_follows_the_references(kernels, monkeypatch):
     test_ops.test_a_training_with_kernels_and_one_with_references_agree("cpu", 0, monkeypatch)
+
+
+@pytest.mark.parametrize("change,seen", [(lambda source: source.replace("__syncthreads();", ""), AssertionError),
+                                         (lambda source: source.replace("__syncthreads();", "if (threadIdx.x) __syncthreads();"), RuntimeError),
+                                         (lambda source: source.replace("* element", "* element / 2").replace("return 4 *", "return 2 *"), RuntimeError)],
+                         ids=["no barrier", "a barrier that one thread passes by", "half the shared memory"])
+def test_what_is_wrong_on_a_gpu_is_seen(change, seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(empssl_ops, "_empssl", InThePlaceOfTheCPUs(compiled(tmp_path, change)))
+    with pytest.raises(seen):
+        test_ops.test_each_operation_alone("cpu", dict(sigma=1.5), None)
+    with pytest.raises(seen):
+        test_ops.test_sizes_on_both_sides_of_every_handover("cpu", 33, torch.float32, None)
