@@ -1,22 +1,30 @@
-"""EMP-SSL: image features without labels, in one pass over the data. Tong, Chen, Ma, LeCun, arXiv 2304.03977.
+"""EMP-SSL: image features without labels, in one pass over the data.
 
-Cut many patches from each image, pull the patches of an image together, keep the batch spread out:
+Tong, Chen, Ma, LeCun, arXiv 2304.03977. Cut many patches from each image, pull the patches of an
+image together, and keep the batch spread out:
 
-    maximise  R + lambda * D      R = mean_i 1/2 log det(I + d/(b eps2) Z_i^T Z_i)    Total Coding Rate
-                                  D = mean_ij cos(z_ij, mean_i z_ij)                  invariance
+    maximise  R + lambda * D
 
-Letters used throughout: n patches an image, b images a batch, d embedding width, N images in a data set, s side of a patch in
-pixels, P patches in one forward, K numbers that describe a patch. Embeddings are z (n, b, d): patch-major, so z[i] is the
-i-th patch of every image, and row i*b + j of anything flattened is patch i of image j.
+    R = mean over patches i of  1/2 log det(I + d / (b eps^2) Z_i^T Z_i)     Total Coding Rate
+    D = mean over patches i and images j of  cos(z_ij, mean_i z_ij)          invariance
+
+This file is the whole method, in the paper's order: settings, patches, encoder, loss, optimizer,
+training, evaluation, command line. `empssl_support/` holds what it needs and need not explain.
+
+Letters: n patches an image, b images a batch, d the width of an embedding, N images in a data set,
+s the side of a patch in pixels. Embeddings are z (n, b, d), patch-major: z[i] is the i-th patch of
+every image, and row i*b + j of anything flattened is patch i of image j.
 
     python empssl.py --dataset cifar10 --epochs 10
 """
 
+import dataclasses
 import hashlib
-import itertools
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -24,403 +32,432 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-import empssl_io as io
-import empssl_ops as ops
-from empssl_io import UsageError, flag, load_dataset
+from empssl_support import ops, report
+from empssl_support.cli import UsageError, flag, one_sentence, progress
+from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
+from empssl_support.files import read_encoder, write_features
+from empssl_support.machine import keep_freed_memory, provenance
+from empssl_support.ops import extract_patches, extract_patches_ref, logdet_spd
+from empssl_support.processes import (
+    distribute,
+    first_process_first,
+    from_first,
+    gather_images,
+    join_processes,
+    leave_processes,
+    share,
+    sum_over_processes,
+)
+from empssl_support.runs import Run, RunFolder
+from empssl_support.settings import (
+    check_sizes,
+    probed_epochs,
+    read_settings,
+    run_path,
+    sides_of_patches,
+)
+from empssl_support.small import small_backbone, whiten
 
-__all__ = ["load_dataset", "Augmentation", "sample_patches", "extract_patches", "extract_patches_ref", "Encoder",
-           "coding_rate", "invariance", "empssl_loss", "LARS", "train", "embed", "linear_probe", "knn_probe", "main"]
+__all__ = [
+    "Augmentation",
+    "Encoder",
+    "LARS",
+    "coding_rate",
+    "embed",
+    "empssl_loss",
+    "extract_patches",
+    "extract_patches_ref",
+    "invariance",
+    "knn_probe",
+    "linear_probe",
+    "load",
+    "load_dataset",
+    "main",
+    "sample_patches",
+    "train",
+]
 
 
-# ---- Configuration: every field is a flag (--patch-size ...); a preset is a set of other defaults -------------------
+# ---- Settings -----------------------------------------------------------------------------------
+# Every field is a flag, `--patch-size` and so on. The defaults are the paper's recipe; a preset is
+# a set of other defaults.
+
 
 @dataclass
-class Config(io.RunConfig):
-    """The method's settings; what a run reads and writes, and where, is in `io.RunConfig`."""
-    preset: str = flag("auto", "other defaults: the paper's, a CPU's, a hurried GPU's", choices=("auto", "paper", "laptop", "fast"))
-    epochs: int = flag(1, "passes over the training images; the cosine ends with the last")
-    patches: int = flag(None, "n, patches an image")
-    patch_size: int = flag(None, "s, side of a patch in pixels after resizing")
-    size_schedule: str = flag(None, "sides and shares of training, as 16:0.7,32:0.3 (S3L): small patches first")
-    augmentation: str = flag(None, "of the training patches", choices=("paper", "light"))
-    batch: int = flag(None, "b, images a batch")
-    lr: float = flag(None, "learning rate at the start")
-    lam: float = flag(None, "lambda, weight of the invariance term")
-    eps2: float = flag(0.2, "squared distortion of the coding rate")
+class Config:
+    """All that a run is told."""
+
+    # The data.
+    dataset: str = flag("cifar10", "data set", choices=DATASETS)
+    data_dir: str = flag("data", "where CIFAR is or goes to; the folder itself for image folders")
+    image_size: int = flag(None, "side that a folder's images are brought to, in pixels")
+    subset: int = flag(None, "use this many training images, chosen by the seed")
+
+    # The method.
+    preset: str = flag(
+        "auto", "paper on a GPU, laptop on a CPU", choices=("auto", "paper", "laptop")
+    )
+    epochs: int = flag(1, "passes over the training images; the cosine ends with the last", least=1)
+    patches: int = flag(20, "n, patches an image", least=1)
+    patch_size: int = flag(None, "s, side of a patch in pixels (as large as the image)", least=1)
+    augmentation: str = flag("paper", "of the training patches", choices=("paper", "light"))
+    batch: int = flag(100, "b, images a batch", least=1)
+    lam: float = flag(200.0, "lambda, the weight of the invariance", least=0)
+    eps2: float = flag(0.2, "epsilon squared, the distortion of the coding rate", above=0)
+    backbone: str = flag("resnet18", "backbone of the encoder", choices=("resnet18", "small"))
+    hidden: int = flag(4096, "width of the representation, the features that are probed", least=1)
+    projector: int = flag(4096, "width between the representation and the embedding", least=1)
+    dim: int = flag(1024, "d, width of the embedding", least=1)
     optimizer: str = flag("lars", "of every weight", choices=("lars", "sgd", "adamw"))
-    weight_decay: float = flag(1e-4, "not of biases and BatchNorm, with LARS")
-    eta: float = flag(0.005, "trust coefficient of LARS")
-    backbone: str = flag(None, "encoder's backbone", choices=io.BACKBONES)
-    drop_last_stage: bool = flag(None, "leave the backbone's last stage out (S3L)")
-    hidden: int = flag(None, "width of the representation, the features that are probed")
-    projector: int = flag(None, "width between the representation and the embedding")
-    dim: int = flag(None, "d, width of the embedding")
-    eval_patches: int = flag(None, "patches an image when probing")
-    eval_augmentation: str = flag(None, "how those are drawn: as in training, crops alone on an even grid, or the whole image "
-                                  "and what the encoder sees in its parts", choices=("train", "grid", "maps"))
-    probe_epochs: str = flag(None, "probe after these epochs too, as 1,10; the time it takes is not training's")
-    seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit")
-    precision: str = flag("auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32"))
-    compile: bool = flag(None, "torch.compile the encoder")
+    lr: float = flag(0.3, "learning rate at the start", above=0)
+    weight_decay: float = flag(1e-4, "weight decay; with LARS not of biases and BatchNorm", least=0)
+    eta: float = flag(0.005, "trust coefficient of LARS", least=0)
+    size_schedule: str = flag(None, "patches of several sizes, one after the other: 16:0.7,32:0.3")
+    drop_last_stage: bool = flag(False, "leave the backbone's last stage out")
+
+    # The evaluation.
+    eval_patches: int = flag(16, "patches an image when probing", least=1)
+    eval_augmentation: str = flag(
+        "grid", "evaluate crops on an even grid, or drawn as in training", choices=("grid", "train")
+    )
+    probe_epochs: str = flag(None, "probe after these epochs too, as 1,10")
+    eval_only: bool = flag(False, "probe --checkpoint or, without one, the untrained encoder")
+    checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
+    export_features: str = flag(None, "write the features of all images to this .npz")
+
+    # The run and the machine.
+    seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit", least=0)
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps")
+    precision: str = flag(
+        "auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32")
+    )
+    compile: bool = flag(False, "torch.compile the encoder")
+    name: str = flag(None, "folder of the run below runs/ (data set and time)")
+    force: bool = flag(False, "overwrite that folder")
+    resume: str = flag(None, "a run's folder: go on where it was stopped, with its own settings")
+    save_every: float = flag(5.0, "minutes between checkpoints within an epoch", least=0)
+    report: str = flag(None, "a run's folder: draw it as a page, report.html, and stop")
+    ops: bool = flag(False, "say which implementation each op has here, and why, and stop")
 
 
 PRESETS = {
-    "paper": dict(patches=20, augmentation="paper", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=4096,
-                  projector=4096, dim=1024, eval_patches=128, eval_augmentation="train"),
-    "laptop": dict(patches=8, patch_size=16, augmentation="light", batch=50, lr=0.3, lam=100.0, backbone="small",
-                   hidden=1024, projector=512, dim=512, eval_patches=1, eval_augmentation="maps"),
-    "fast": dict(patches=20, patch_size=16, augmentation="light", batch=100, lr=0.3, lam=200.0, backbone="resnet18", hidden=2048,
-                 projector=2048, dim=1024, eval_patches=16, eval_augmentation="grid", drop_last_stage=True, compile=True),
+    "paper": {},
+    "laptop": {
+        "patches": 8,
+        "patch_size": 16,
+        "augmentation": "light",
+        "batch": 50,
+        "lam": 100.0,
+        "backbone": "small",
+        "hidden": 1024,
+        "projector": 512,
+        "dim": 512,
+    },
 }
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """Randomness is a function of (seed, purpose, step): nothing to save, the same on every device and process.
+    """Chance as a function of (seed, purpose, step).
 
-    PyTorch's CPU generator keeps 32 bits of its seed, so the three are hashed rather than added.
+    So there is no state to save, and every device and process draws the same. PyTorch's CPU
+    generator keeps 32 bits of its seed, hence a hash of the three rather than their sum.
     """
     digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-# ---- Patches (paper section 3.1): crop a quarter of the image, resize, flip, jitter, grey, blur, solarize -----------
-# Sampling draws the numbers that describe each patch; extracting is a pure function of them.
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def dtype_of_patches(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+# ---- Patches (paper section 3.1) ----------------------------------------------------------------
+# `sample_patches` draws the numbers that describe each patch, and is all the chance there is.
+# `extract_patches` is a pure function of them; empssl_support/pixels.py has it in plain PyTorch.
+
 
 @dataclass
 class Augmentation:
-    """How patches are drawn. The defaults are the official CIFAR recipe; `Augmentation.none()` is the crop alone."""
-    area: tuple[float, float] = (0.25, 0.25)        # of the image's area, uniform
-    ratio: tuple[float, float] = (1.0, 1.0)         # width / height, log-uniform; (3/4, 4/3) at 224 pixels
-    flip: float = 0.5                               # probability
-    jitter: float = 0.8                             # probability that the four below act, in an order of its own
-    brightness: float = 0.4                         # factor uniform in [1 - 0.4, 1 + 0.4]
-    contrast: float = 0.4                           # the same
-    saturation: float = 0.4                         # the same
-    hue: float = 0.2                                # shift uniform in [-0.2, 0.2] of the colour circle
-    grey: float = 0.2                               # probability
-    blur: float = 0.1                               # probability
-    sigma: tuple[float, float] = (0.1, 2.0)         # of the blur, output pixels, uniform
-    solarize: float = 0.1                           # probability; inverts values from 128/255 up
+    """How patches are drawn; the defaults are the official recipe for CIFAR.
+
+    The operations act in the order in which they stand here, on pixels in [0, 1], as
+    torchvision.transforms.v2 has them on float images. Unlike in the official code, nothing is
+    rounded to whole pixel values on the way. At the end pixels are scaled to [-1, 1].
+    """
+
+    area: tuple[float, float] = (0.25, 0.25)  # of the crop, as a share of the image's, uniform
+    ratio: tuple[float, float] = (1.0, 1.0)  # width / height of the crop, log-uniform
+    # The crop is resized to s x s, bilinear.
+    flip: float = 0.5  # probability
+    jitter: float = 0.8  # probability that the next four act, in an order drawn for each patch
+    brightness: float = 0.4  # factor uniform in [1 - 0.4, 1 + 0.4]
+    contrast: float = 0.4  # the same
+    saturation: float = 0.4  # the same
+    hue: float = 0.2  # shift uniform in [-0.2, 0.2] of the colour circle
+    grey: float = 0.2  # probability
+    blur: float = 0.1  # probability
+    sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels of the patch, uniform; 13 taps
+    solarize: float = 0.1  # probability; inverts values from 128/255 up
 
     @classmethod
-    def none(cls, **kwargs) -> "Augmentation":
-        return cls(**{"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0} | kwargs)
+    def none(cls, **settings) -> "Augmentation":
+        """The crop alone."""
+        off = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
+        return cls(**off | settings)
 
 
-def augmentations(config: Config, H: int, W: int) -> tuple[Augmentation, Augmentation | None]:
-    """For training and for evaluation. "light" suits small encoders: less colour, no blur, no solarizing."""
-    light = dict(saturation=0.2, hue=0.1, blur=0.0, solarize=0.0) if config.augmentation == "light" else {}
-    train = Augmentation(ratio=(1.0, 1.0) if max(H, W) <= 64 else (3 / 4, 4 / 3), **light)
-    return train, {"train": train, "grid": None, "maps": Augmentation.none(area=(1.0, 1.0)), None: None}[config.eval_augmentation]
+def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmentation:
+    """Of `--augmentation`; large images have crops of other ratios too, as in the paper.
+
+    "light" suits small encoders: less colour, no blur, no solarizing.
+    """
+    ratio = (1.0, 1.0) if max(image_size) <= 64 else (3 / 4, 4 / 3)
+    if config.augmentation == "light":
+        return Augmentation(ratio=ratio, saturation=0.2, hue=0.1, blur=0.0, solarize=0.0)
+    return Augmentation(ratio=ratio)
 
 
-COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "grey",
-           "sigma", "solarize")
-K = len(COLUMNS)
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))       # (24, 4): order code -> jitter operations
+def sample_patches(
+    b: int,
+    n: int,
+    image_size: tuple[int, int],
+    augmentation: Augmentation | list[Augmentation],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw what describes n patches of each of b images of `image_size` (H, W).
 
-
-def sample_patches(b: int, n: int, image_size: tuple[int, int], augmentation: Augmentation | list[Augmentation],
-                   generator: torch.Generator | None = None) -> Tensor:
-    """Draw what describes n patches of b images: float32 `(n, b, K)` on the CPU, columns as in `COLUMNS`.
-
-    Crops are whole pixels, sized as torchvision's RandomResizedCrop sizes them, but one that does not fit is cut to
-    the image where torchvision draws again. Factors that do not act are neutral: 1 for brightness, contrast, saturation; 0
-    for the rest. A list holds one augmentation for each patch, n in all.
+    Returns float32 `(n, b, K)` on the CPU, with columns as in `empssl_support.pixels.COLUMNS`. What
+    does not act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of
+    whole pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut
+    to the image, where torchvision draws again. A list holds one augmentation for each patch.
+    Raises `UsageError` for an area or a ratio that no crop can have.
     """
     if isinstance(augmentation, list):
-        return torch.cat([sample_patches(b, 1, image_size, one, generator) for one in augmentation])
-    (H, W), a = image_size, augmentation
+        draws = [sample_patches(b, 1, image_size, one, generator) for one in augmentation]
+        return torch.cat(draws)
+    H, W = image_size
+    a = augmentation
     if not (0 < a.area[0] <= a.area[1] <= 1 and 0 < a.ratio[0] <= a.ratio[1]):
-        raise UsageError(f"a crop of area {a.area} and ratio {a.ratio} does not fit: both must rise, the area within (0, 1].")
-    u = iter(torch.rand(16, n, b, generator=generator))             # one uniform (n, b) for each choice below
-    between = lambda lo, hi: lo + (hi - lo) * next(u)
-    happens = lambda probability: next(u) < probability
+        raise UsageError(
+            f"a crop of area {a.area} and ratio {a.ratio} does not fit: "
+            f"both must rise, the area within (0, 1]."
+        )
 
-    area = H * W * between(*a.area)
-    ratio = torch.exp(between(math.log(a.ratio[0]), math.log(a.ratio[1])))
+    chance = iter(torch.rand(16, n, b, generator=generator))  # an (n, b) for each choice below
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * next(chance)
+
+    def happens(probability: float) -> Tensor:
+        return next(chance) < probability
+
+    area = H * W * uniform(*a.area)
+    ratio = torch.exp(uniform(math.log(a.ratio[0]), math.log(a.ratio[1])))
     height = (area / ratio).sqrt().round().clamp(1, H)
     width = (area * ratio).sqrt().round().clamp(1, W)
-    top = (next(u) * (H - height + 1)).floor()
-    left = (next(u) * (W - width + 1)).floor()
+    top = (next(chance) * (H - height + 1)).floor()
+    left = (next(chance) * (W - width + 1)).floor()
+
     flip = happens(a.flip)
+
     jitter = happens(a.jitter)
-    factor = lambda strength: torch.where(jitter, between(max(0.0, 1 - strength), 1 + strength), 1.0)
-    brightness, contrast, saturation = factor(a.brightness), factor(a.contrast), factor(a.saturation)
-    hue = torch.where(jitter, between(-a.hue, a.hue), 0.0)
-    order = torch.where(jitter, (next(u) * len(ORDERS)).floor(), 0.0)
+    factors = []
+    for strength in (a.brightness, a.contrast, a.saturation):
+        factor = uniform(max(0.0, 1 - strength), 1 + strength)
+        factors.append(torch.where(jitter, factor, 1.0))
+    hue = torch.where(jitter, uniform(-a.hue, a.hue), 0.0)
+    order = torch.where(jitter, (next(chance) * len(ops.ORDERS)).floor(), 0.0)
+
     grey = happens(a.grey)
-    sigma = torch.where(happens(a.blur), between(*a.sigma), 0.0)
+    sigma = torch.where(happens(a.blur), uniform(*a.sigma), 0.0)
     solarize = happens(a.solarize)
-    return torch.stack([top, left, height, width, flip, brightness, contrast, saturation, hue, order, grey, sigma, solarize], dim=-1)
+    columns = [top, left, height, width, flip, *factors, hue, order, grey, sigma, solarize]
+    return torch.stack(columns, dim=-1)
 
 
 def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
-    """`sample_patches` without chance: crops alone, of a quarter of the image, on an even grid. n must be a square."""
+    """Like `sample_patches`, without chance: crops of a quarter of the image on an even grid.
+
+    Row by row, so patch i lies in row i // k and column i % k of a grid of k x k. Raises
+    `UsageError` where n is no square.
+    """
+    H, W = image_size
     k = math.isqrt(n)
     if k * k != n:
-        raise UsageError(f"--eval-patches {n} makes no even grid; give a square such as 1, 4, 9 or 16.")
-    params = sample_patches(b, n, image_size, Augmentation.none(), generator(0, "grid", 0))         # (n, b, K)
+        raise UsageError(f"{n} patches make no even grid; give a square such as 1, 4, 9 or 16.")
+    params = sample_patches(b, n, image_size, Augmentation.none(), generator(0, "grid", 0))
     even = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
-    down, across = even.repeat_interleave(k).view(-1, 1), even.repeat(k).view(-1, 1)            # (n, 1)
-    params[..., 0] = (down * (image_size[0] - params[..., 2])).round()
-    params[..., 1] = (across * (image_size[1] - params[..., 3])).round()
+    down = even.repeat_interleave(k).view(n, 1)
+    across = even.repeat(k).view(n, 1)
+    top, left, height, width = params[..., :4].unbind(-1)  # (n, b), and they are views
+    top.copy_((down * (H - height)).round())
+    left.copy_((across * (W - width)).round())
     return params
 
 
-def extract_patches(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32,
-                    check: bool = False) -> Tensor:
-    """Cut and augment the patches that `params` describes, scaled to [-1, 1].
+# ---- Encoder (paper section 3.2) ----------------------------------------------------------------
 
-    images `(N, 3, H, W)` uint8; index `(b,)` int64, rows of `images`; params `(n, b, K)` from `sample_patches`; s side of a
-    patch. Returns `(n*b, 3, s, s)` of `dtype` on the images' device, channels-last, patch-major. Runs compiled where `empssl_ops`
-    has a kernel, else as `extract_patches_ref`. Raises `ValueError` for wrong shapes or types, and where a crop or an index leaves
-    what it indexes; the CUDA kernel makes such a patch NaN instead, which costs no synchronisation, unless `check`.
-    """
-    ops.check_patches(images, index, params, s)
-    if check or not (images.device.type == "cuda" and ops.implementation("extract_patches", images.device, s, dtype)[0]):
-        ops.check_crops(images, index, params)
-    return torch.ops.empssl.extract_patches(images, index.to(images.device), params.to(images.device), s, dtype)
-
-
-def extract_patches_ref(images: Tensor, index: Tensor, params: Tensor, s: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`extract_patches` in PyTorch, all patches at once, arguments unchecked. Computes in float64 for that `dtype`."""
-    n, b, _ = params.shape
-    device, compute = images.device, torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(n * b, 3, s, s, dtype=dtype, device=device, memory_format=torch.channels_last)
-    params = params.to(device, compute).flatten(0, 1)               # (n*b, K)
-    index = index.to(device).repeat(n)                              # (n*b,)
-    # A chunk's temporaries stay in a CPU's cache, or within a GPU's memory.
-    chunk = max(1, 2 ** (19 if device.type == "cpu" else 24) // max(s * s, images.shape[2] * images.shape[3]))
-    for rows in torch.arange(n * b, device=device).split(chunk):
-        p = dict(zip(COLUMNS, params[rows].unbind(1)))              # each (P,)
-        x = images[index[rows]].to(compute) / 255                   # (P, 3, H, W) in [0, 1]
-        down = crop_weights(p["top"], p["height"], x.shape[2], s)   # (P, s, H)
-        across = crop_weights(p["left"], p["width"], x.shape[3], s)             # (P, s, W)
-        across = torch.where(p["flip"].view(-1, 1, 1) > 0, across.flip(1), across)
-        x = apply_rows_and_columns(down, x, across)                 # (P, 3, s, s)
-        for step in ORDERS.to(device)[p["order"].long()].unbind(1):             # each patch's own order of the four
-            for operation, (name, neutral, jitter) in enumerate(JITTER):
-                here = (step == operation) & (p[name] != neutral)
-                x[here] = jitter(x[here], p[name][here].view(-1, 1, 1, 1))
-        x = torch.where(p["grey"].view(-1, 1, 1, 1) > 0, greyscale(x), x)
-        here = p["sigma"] > 0
-        blur = blur_weights(p["sigma"][here], s)                    # (P', s, s)
-        x[here] = apply_rows_and_columns(blur, x[here], blur)
-        x = torch.where((p["solarize"].view(-1, 1, 1, 1) > 0) & (x >= 128 / 255), 1 - x, x)
-        out[rows] = (x * 2 - 1).to(dtype)
-    return out
-
-
-def apply_rows_and_columns(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
-    """`down @ x @ across^T` for each patch and channel: `(P, s, H), (P, 3, H, W), (P, s, W) -> (P, 3, s, s)`."""
-    P, C, H, W = x.shape
-    x = torch.bmm(x.reshape(P, C * H, W), across.mT).view(P, C, H, across.shape[1])
-    return torch.matmul(down.unsqueeze(1), x)
-
-
-def crop_weights(start: Tensor, length: Tensor, side: int, s: int) -> Tensor:
-    """Rows that crop `[start, start + length)` out of `side` pixels and resize it to `s`: `(P,), (P,) -> (P, s, side)`.
-
-    Bilinear, antialiased when shrinking: the triangle filter of torchvision's `resize(..., antialias=True)`.
-    """
-    scale = (length / s).view(-1, 1, 1)
-    centre = (torch.arange(s, device=start.device, dtype=start.dtype).view(1, -1, 1) + 0.5) * scale     # in the crop
-    pixel = torch.arange(side, device=start.device, dtype=start.dtype) - start.view(-1, 1, 1)           # (P, 1, side)
-    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = torch.where((pixel >= 0) & (pixel < length.view(-1, 1, 1)), weight, 0.0)
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def greyscale(x: Tensor) -> Tensor:
-    """`(P, 3, s, s) -> (P, 1, s, s)`: ITU-R 601 luma, torchvision's weights."""
-    r, g, b = x.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
-
-
-def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
-
-
-def rotate_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Through HSV and back: hue in sixths of the circle, value = max, chroma = max - min stays."""
-    r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    c = torch.where(chroma > 0, chroma, 1.0)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    hue = torch.where(chroma > 0, hue, 0.0) + 6 * shift.squeeze(1)
-    channels = []
-    for offset in (5, 3, 1):                                        # red, green, blue
-        k = (hue + offset).remainder(6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
-
-
-JITTER = (("brightness", 1, lambda x, factor: (factor * x).clamp(0, 1)),
-          ("contrast", 1, lambda x, factor: blend(x, greyscale(x).mean((2, 3), keepdim=True), factor)),
-          ("saturation", 1, lambda x, factor: blend(x, greyscale(x), factor)),
-          ("hue", 0, rotate_hue))
-
-
-def blur_weights(sigma: Tensor, s: int, radius: int = 6) -> Tensor:
-    """Rows that blur s pixels: 13 Gaussian taps, reflected at the borders. `(P,) -> (P, s, s)`."""
-    tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.softmax(-0.5 * (tap / sigma.view(-1, 1)) ** 2, dim=1)           # (P, 13), each sums to 1
-    period = max(2 * (s - 1), 1)
-    pixel = (torch.arange(s, device=sigma.device).view(-1, 1) + tap).remainder(period)
-    pixel = torch.minimum(pixel, period - pixel) if s > 1 else torch.zeros_like(pixel)      # (s, 13), reflected
-    rows = torch.zeros(len(sigma), s, s, dtype=sigma.dtype, device=sigma.device)
-    return rows.scatter_add_(2, pixel.expand(len(sigma), -1, -1), weight.unsqueeze(1).expand(-1, s, -1))
-
-
-# ---- Encoder (paper section 3.2): backbone, representation, projector -----------------------------------------------
 
 class Encoder(nn.Module):
-    """Patches `(P, 3, s, s)` in [-1, 1] to unit embeddings `(P, d)`; `representation(x)` `(P, hidden)` is probed.
+    """Patches `(P, 3, s, s)` in [-1, 1] -> unit embeddings `(P, d)`.
 
-    backbone: "resnet18", torchvision's, with the CIFAR stem up to 64 pixels; or "small", for CPUs; else `ValueError`.
+    What gets probed is `representation(x)`, `(P, hidden)`: a linear layer, BatchNorm and ReLU above
+    the backbone, and before the projector. backbone: "resnet18" or, for CPUs, "small"; another one
+    raises `ValueError`.
     """
 
-    def __init__(self, backbone: str = "resnet18", patch_size: int = 32, hidden: int = 4096, projector: int = 4096,
-                 dim: int = 1024, drop_last_stage: bool = False):
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        patch_size: int = 32,
+        hidden: int = 4096,
+        projector: int = 4096,
+        dim: int = 1024,
+        drop_last_stage: bool = False,
+    ):
         super().__init__()
-        self.architecture = dict(backbone=backbone, patch_size=patch_size, hidden=hidden, projector=projector, dim=dim,
-                                 drop_last_stage=drop_last_stage)
+        self.architecture = {
+            "backbone": backbone,
+            "patch_size": patch_size,
+            "hidden": hidden,
+            "projector": projector,
+            "dim": dim,
+            "drop_last_stage": drop_last_stage,
+        }
         if backbone == "resnet18":
-            self.backbone = torchvision.models.resnet18()
-            self.backbone.fc = nn.Identity()
-            if patch_size <= 64:
-                self.backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-                self.backbone.maxpool = nn.Identity()
-            if drop_last_stage:
-                self.backbone.layer4 = nn.Identity()
-            width = 256 if drop_last_stage else 512
+            self.backbone, width = resnet18_backbone(patch_size, drop_last_stage)
         elif backbone == "small":
             self.backbone, width = small_backbone(drop_last_stage)
         else:
             raise ValueError(f"There is no backbone {backbone!r}; choose resnet18 or small.")
-        self.represent = nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
-        self.project = nn.Sequential(nn.Linear(hidden, projector), nn.BatchNorm1d(projector), nn.ReLU(),
-                                     nn.Linear(projector, dim))
+        self.represent = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+        )
+        self.project = nn.Sequential(
+            nn.Linear(hidden, projector),
+            nn.BatchNorm1d(projector),
+            nn.ReLU(),
+            nn.Linear(projector, dim),
+        )
 
     def representation(self, x: Tensor) -> Tensor:
-        return self.represent(self.backbone(x))                     # (P, hidden)
+        return self.represent(self.backbone(x))  # (P, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.project(self.representation(x)).float(), dim=-1)    # (P, d), unit rows
-
-    def maps(self, x: Tensor) -> Tensor:
-        """What a linear probe can use of whole images `(b, 3, 2s, 2s)`: `(b, 8 * width + hidden)`.
-
-        The last stage's map in `regions`, and the representation's mean over patches that begin on every half of a patch, nine as
-        a rule; unlike patches encoded apart they see across their borders."""
-        *stages, _, _ = self.backbone.children()                    # the two are the mean over places and its shape
-        for stage in stages:
-            x = stage(x)                                            # at last (b, width, k, k)
-        k = max(1, x.shape[-1] // 2)                                # a patch's side here
-        patches = F.avg_pool2d(x, k, max(1, k // 2)).permute(2, 3, 0, 1)                    # (3, 3, b, width)
-        h = self.represent(patches.flatten(0, 2)).view(-1, len(x), self.architecture["hidden"])
-        return torch.cat([regions(x), h.mean(0)], 1)
+        z = self.project(self.representation(x))
+        return F.normalize(z.float(), dim=-1)  # (P, d)
 
 
-def regions(x: Tensor) -> Tensor:
-    """`(b, c, k, k) -> (b, 8c)`: means of four rows, and in each of the sides and of the middle, so that an image and its mirror
-    image look alike; times 8^-1/2, which makes the eight together as long as one."""
-    x = F.adaptive_avg_pool2d(x, 4).unbind(3)                       # 4 times (b, c, 4)
-    return torch.cat([x[0] + x[3], x[1] + x[2]], 1).flatten(1) / (2 * 8 ** 0.5)
+def resnet18_backbone(patch_size: int, drop_last_stage: bool) -> tuple[nn.Module, int]:
+    """torchvision's ResNet-18 and its width; up to 64 pixels with the stem that suits CIFAR."""
+    backbone = torchvision.models.resnet18()
+    backbone.fc = nn.Identity()
+    if patch_size <= 64:
+        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    if drop_last_stage:
+        backbone.layer4 = nn.Identity()
+        return backbone, 256
+    return backbone, 512
 
 
-def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
-    """16x16 patches to 384 numbers: 128 channels of 8x8, 384 of 4x4 pixels, and their mean. All but the first convolution are
-    depthwise, or products of matrices: dense ones did worse at equal seconds on two CPU cores (results/laptop/)."""
-    act = lambda width: [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-    depthwise = lambda width, stride: [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width)]
-    residual = lambda width: Residual(*depthwise(width, 1), Pointwise(width, width, bias=False), *act(width))
-    last = [*depthwise(128, 2), Pointwise(128, 384, bias=False), *act(384), residual(384), residual(384)]
-    layers = [nn.Conv2d(3, 128, 3, 2, 1, bias=False), *act(128), residual(128), *([] if drop_last_stage else last)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 128 if drop_last_stage else 384
+def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
+    """An encoder with the weights of `config.seed`; of the random state outside nothing changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = kind(
+            config.backbone,
+            config.patch_size,
+            config.hidden,
+            config.projector,
+            config.dim,
+            config.drop_last_stage,
+        )
+    if config.backbone == "small":
+        # Its first layer begins as filters that whiten the images: two million pixels suffice.
+        count = max(1, 2**21 // images[0, 0].numel())
+        some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:count]
+        first_layer = encoder.backbone[0]
+        mixtures = generator(config.seed, "mixtures", 0)
+        whiten(first_layer, images[some.to(images.device)].cpu(), mixtures)
+    return encoder.to(config.device, memory_format=torch.channels_last)
 
 
-class Pointwise(nn.Linear):
-    """A 1x1 convolution as one product of matrices, whose backward pass is faster on a CPU."""
+def load(path: str | Path, device: str = "cpu") -> Encoder:
+    """The encoder of a run, from its `encoder.pt`, in eval mode.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-@torch.no_grad()
-def whiten(first: nn.Conv2d, images: Tensor, generator: torch.Generator | None = None) -> None:
-    """Start a convolution as whitening: the principal components of the images' neighbourhoods, scaled to unit variance,
-    with both signs, then random mixtures of them. No labels are used. Worth a point on a holdout (results/laptop/)."""
-    x = F.unfold(images.to(first.weight) / 127.5 - 1, first.kernel_size, stride=first.kernel_size)      # (N, 27, places)
-    variance, components = torch.linalg.eigh(x.transpose(0, 1).flatten(1).cov())                        # (27,), (27, 27)
-    filters = (components / (variance + 1e-3).sqrt()).T                                                 # a row a filter
-    mixtures = torch.randn(len(first.weight) - 2 * len(filters), len(filters), generator=generator) @ filters
-    first.weight.copy_(torch.cat([filters, -filters, mixtures / len(filters) ** 0.5]).view_as(first.weight))
+    Raises `UsageError` where the file is none that this program saved.
+    """
+    saved = read_encoder(path)
+    try:
+        encoder = Encoder(**saved["architecture"])
+        encoder.load_state_dict(saved["weights"])
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise UsageError(
+            f"{path} has weights of another architecture than it says ({reason}); "
+            f"give the encoder.pt of a run."
+        ) from None
+    return encoder.to(device, memory_format=torch.channels_last).eval()
 
 
-# ---- Loss (paper equations 2 to 4) ----------------------------------------------------------------------------------
+# ---- Loss (paper equations 2 to 4) --------------------------------------------------------------
+
 
 def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
-    """Total Coding Rate `R` of `z (n, b, d)`, mean over patches: `1/2 log det(I + d/(b eps2) Z_i^T Z_i)`, in nats.
+    """Total Coding Rate `R` of `z (n, b, d)`, the mean over patches, in nats (equation 2).
 
-    The determinant is taken of the smaller of the d x d and the b x b matrix, equal by Sylvester's identity, in
-    float32 or better whatever z is. `eps2` is the paper's epsilon squared (the official code's `--eps`, unsquared
-    there). NaN where z is not finite.
+    `eps2` is the paper's epsilon squared; the official code uses its `--eps` unsquared. Computed in
+    float32 or better, whatever z is: a half-precision Gram matrix gives NaN on a nearly collapsed
+    batch. NaN where z is not finite.
     """
+    n, b, d = z.shape
     with torch.autocast(z.device.type, enabled=False):
-        return CodingRate.apply(z if z.dtype == torch.float64 else z.float(), eps2)
-
-
-class CodingRate(torch.autograd.Function):
-    """With c = d/(b eps2): dR/dZ_i = c (I + c Z_i Z_i^T)^-1 Z_i / n, of the inverse that the log-determinant left."""
-
-    @staticmethod
-    def forward(ctx, z, eps2):
-        n, b, d = z.shape
-        c = d / (b * eps2)
-        gram = z @ z.mT if b < d else z.mT @ z                      # (n, k, k), k = min(b, d)
-        gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1)
-        logdet, inverse = torch.ops.empssl.logdet_spd(gram)
-        ctx.save_for_backward(z, inverse)
-        ctx.c = c
-        return logdet.mean() / 2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        z, inverse = ctx.saved_tensors
-        n, b, d = z.shape
-        return (inverse @ z if b < d else z @ inverse) * (grad * ctx.c / n), None
-
-
-def logdet_spd_ref(A: Tensor) -> tuple[Tensor, Tensor]:
-    """`A (n, k, k)` symmetric positive definite -> `log det A (n,)` and its inverse `(n, k, k)`, by Cholesky.
-
-    NaN, for that matrix alone, where A is not positive definite.
-    """
-    L, failed = torch.linalg.cholesky_ex(A)
-    bad = (failed != 0).view(-1, 1, 1)
-    L = torch.where(bad, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), L)             # invertible, then NaN
-    logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    bad |= ~logdet.isfinite().view(-1, 1, 1)
-    return logdet.masked_fill(bad.flatten(), math.nan), torch.cholesky_inverse(L.detach()).masked_fill(bad, math.nan)
-
-
-ops.use_references(extract_patches_ref, logdet_spd_ref)
+        z = at_least_float32(z)
+        # By Sylvester's identity Z Z^T has the same determinant as Z^T Z: take the smaller one.
+        gram = z @ z.mT if b < d else z.mT @ z  # (n, k, k), k = min(b, d)
+        identity = torch.eye(min(b, d), dtype=z.dtype, device=z.device)
+        logdet, _ = logdet_spd(identity + d / (b * eps2) * gram)  # (n,)
+        return (logdet / 2).mean()
 
 
 def invariance(z: Tensor) -> Tensor:
-    """`D`: mean cosine between each embedding and its image's mean embedding, of `z (n, b, d)`. In [0, 1] where rows are unit:
-    the length of their mean. The mean is part of the graph; there is no stop-gradient."""
+    """`D` of `z (n, b, d)`: the mean cosine between a patch and the mean of its image's patches.
+
+    In [0, 1] where rows are unit. The mean is part of the graph: there is no stop-gradient.
+    """
     with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
-        return F.cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean()
+        z = at_least_float32(z)
+        mean = z.mean(0, keepdim=True)  # (1, b, d)
+        return F.cosine_similarity(z, mean, dim=-1).mean()
+
+
+def at_least_float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+class Objective(nn.Module):
+    """What training minimises, `-(R + lambda D)`, and the two terms with their own signs.
+
+    `train` calls it with the embeddings z (n, b, d), their patches x (n*b, 3, s, s) and the images'
+    numbers in the data set, index (b,); other methods put their own in its place.
+    """
+
+    def __init__(self, lam: float = 200.0, eps2: float = 0.2):
+        super().__init__()
+        self.lam = lam
+        self.eps2 = eps2
+
+    def forward(self, z: Tensor, x: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        R = coding_rate(z, self.eps2)
+        D = invariance(z)
+        loss = -(R + self.lam * D)
+        return loss, {"R": R.detach(), "D": D.detach()}
 
 
 def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
@@ -428,333 +465,541 @@ def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
     return -(coding_rate(z, eps2) + lam * invariance(z))
 
 
-# ---- Optimizer (paper section 4; the details are the official code's) -----------------------------------------------
+# ---- Optimizer (paper section 4; the details are the official code's) ---------------------------
+
 
 class LARS(torch.optim.Optimizer):
-    """SGD with Nesterov momentum on gradients that LARS has scaled, as the official code does it.
+    """SGD with Nesterov momentum, on gradients that LARS has scaled.
 
-    Tensors with ndim != 1: `trust = eta |p| / (|g| + wd |p| + 1e-8)`, `g <- (g + wd p) min(trust / lr, 1)`, untouched
-    where |p| or |g| is 0. Tensors with ndim 1 (biases, BatchNorm): plain SGD, no decay. With the clip a tensor's rate is
-    min(trust, lr): where trust is the smaller, a step's length is about eta |p|, whatever |g|, and lr only a cap.
+    Of a weight p with gradient g, for tensors of more than one dimension:
+
+        trust = eta |p| / (|g| + weight_decay |p| + 1e-8)
+        g <- (g + weight_decay p) min(trust / lr, 1),   or g itself where |p| or |g| is 0
+
+    Tensors of one dimension (biases, BatchNorm) have plain SGD without decay. With the clip at 1 a
+    tensor's rate is min(trust, lr): where trust is the smaller, a step's length is about eta |p|,
+    whatever |g|, and lr is only a cap.
     """
 
-    def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 1e-4, eta: float = 0.005):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+    def __init__(
+        self,
+        params,
+        lr: float = 0.3,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        eta: float = 0.005,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = p.grad
-                if p.ndim != 1:
-                    p_norm, g_norm = p.norm(), g.norm()
-                    trust = group["eta"] * p_norm / (g_norm + decay * p_norm + 1e-8)
-                    scaled = (g + decay * p) * (trust / lr).clamp(max=1)
-                    g = torch.where((p_norm > 0) & (g_norm > 0), scaled, g)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(g)
-                state["momentum_buffer"].mul_(momentum).add_(g)
-                p.sub_(lr * (g + momentum * state["momentum_buffer"]))          # Nesterov
+                if p.grad is not None:
+                    self.update(p, group)
         return loss
+
+    def update(self, p: Tensor, group: dict) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        g = p.grad
+        if p.ndim != 1:
+            g = self.scaled(p, g, lr, group["weight_decay"], group["eta"])
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(g)
+        velocity = state["momentum_buffer"]
+        velocity.mul_(momentum).add_(g)
+        p.sub_(lr * (g + momentum * velocity))  # Nesterov
+
+    @staticmethod
+    def scaled(p: Tensor, g: Tensor, lr: float, weight_decay: float, eta: float) -> Tensor:
+        p_norm, g_norm = p.norm(), g.norm()
+        trust = eta * p_norm / (g_norm + weight_decay * p_norm + 1e-8)
+        scaled = (g + weight_decay * p) * (trust / lr).clamp(max=1)
+        return torch.where((p_norm > 0) & (g_norm > 0), scaled, g)
 
 
 def new_optimizer(config: Config, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    kind, how = {"lars": (LARS, dict(eta=config.eta)), "sgd": (torch.optim.SGD, dict(momentum=0.9, nesterov=True)),
-                 "adamw": (torch.optim.AdamW, {})}[config.optimizer]
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **how)
+    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common)
+    return LARS(parameters, eta=config.eta, **common)
 
 
 def cosine(lr: float, t: int, T: int) -> float:
-    """Learning rate of step t of T: from `lr` at t = 0 down to 0 at t = T, no warm-up."""
+    """Learning rate of step t of T: from `lr` at t = 0 down to 0 at t = T, without warm-up."""
     return lr / 2 * (1 + math.cos(math.pi * t / T))
 
 
-# ---- Training (paper algorithm 1) -----------------------------------------------------------------------------------
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
-def train(encoder: Encoder, images: Tensor, config: Config, augmentation: Augmentation, log=lambda record: None,
-          after_epoch=lambda epoch: {}, folder: io.RunFolder | None = None, objective: nn.Module | None = None) -> dict:
-    """Train `encoder` in place on `images (N, 3, H, W)` uint8, on the encoder's device, for `config.epochs` passes.
 
-    An epoch's images that do not fill a batch are left out. Every tenth step and each epoch's end go to `log`, the latter with
-    what `after_epoch(epoch)` returned. Checkpoints go to `folder`, and training goes on from the one that it holds. Under
-    torchrun each process cuts and encodes its share of a batch's images, and the loss is of all b. `objective(z, x, index)`
-    stands in for EMP-SSL's loss; its parameters are trained and all its state is saved (baselines.py).
-    Returns `train_seconds` (without `after_epoch`), `patches_seen` and the last `R` and `D`. Raises `UsageError` where b > N,
-    `FloatingPointError`, before anything is saved, where loss or weights are not finite, `io.Stopped` after a signal.
+# ---- Training (paper algorithm 1) ---------------------------------------------------------------
+
+
+def train(
+    encoder: Encoder,
+    images: Tensor,
+    config: Config,
+    augmentation: Augmentation | list[Augmentation],
+    objective: nn.Module | None = None,
+    run: Run | None = None,
+) -> dict:
+    """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
+
+    images `(N, 3, H, W)` uint8. An epoch's images that do not fill a batch are left out. `run` logs
+    and saves, and has training go on from the checkpoint that it holds. Under torchrun each process
+    cuts and encodes its share of a batch's images, and the loss is of all b. Returns the last terms
+    of the loss (R, D), `train_seconds` and `patches_seen`. Raises `UsageError` where b > N, and
+    what `Run.after_step` raises.
     """
-    n, b, N = config.patches, config.batch, len(images)
-    steps, device = N // b, next(encoder.parameters()).device
-    T = config.epochs * steps
-    if steps == 0:
-        raise UsageError(f"--batch {b} is larger than the data set's {N} training images; give a smaller --batch.")
-    ours = slice(io.rank() * b // io.processes(), (io.rank() + 1) * b // io.processes())       # of a batch's images
-    parameters = [*encoder.parameters(), *(objective.parameters() if objective else ())]
-    optimizer = new_optimizer(config, parameters)
-    parts = {"encoder": encoder, "optimizer": optimizer} | ({"objective": objective} if objective else {})
-    first, seconds, record = 0, 0.0, {}
-    if folder and (saved := folder.load()):
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        first, seconds, record = saved["step"], saved["seconds"], saved["record"]
-    forward = io.distribute(encoder)
-    forward = torch.compile(forward) if config.compile else forward
-    bad_step = torch.tensor(-1, device=device)          # the first step whose loss was not finite, read now and then
-    clock, seconds_before = time.perf_counter(), seconds
-    with io.progress(total=T, initial=first, desc="training", unit="step") as bar:
-        for t in range(first, T):
-            epoch, i = divmod(t, steps)
-            if i == 0 or t == first:
-                order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
-                encoder.train()
-            index = order[i * b:][:b]
-            params = sample_patches(b, n, images.shape[2:], augmentation, generator(config.seed, "patches", t))
-            s = io.side_at(config, t / T)
-            x = cut(images, index[ours], params[:, ours], s, device, config.precision)      # (n * share, 3, s, s)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                z = forward(x).unflatten(0, (n, -1))                                        # (n, share, d)
-            z = io.gather_images(z)                                                         # (n, b, d)
-            loss = objective(z, x, index) if objective else empssl_loss(z, config.lam, config.eps2)
-            optimizer.param_groups[0]["lr"] = cosine(config.lr, t, T)
+    n, b, seed = config.patches, config.batch, config.seed
+    N, _, *image_size = images.shape
+    if b > N:
+        raise UsageError(
+            f"--batch {b} is larger than the data set's {N} training images; give a smaller one."
+        )
+    steps = N // b  # in an epoch
+    total = config.epochs * steps
+    device = next(encoder.parameters()).device
+    dtype = dtype_of_patches(config.precision)
+    sides = sides_of_patches(config, total)  # s, for each step
+    mine = share(b)  # of a batch's images, where several processes share it
+
+    objective = objective or Objective(config.lam, config.eps2)
+    optimizer = new_optimizer(config, [*encoder.parameters(), *objective.parameters()])
+    run = run or Run()
+    first = run.restore(encoder=encoder, optimizer=optimizer, objective=objective)
+    model = distribute(encoder)
+    if config.compile:
+        model = torch.compile(model)
+
+    for t in run.steps(config.epochs, steps, n * b):  # with a progress bar and a clock
+        epoch, i = divmod(t, steps)
+        if i == 0 or t == first:
+            order = torch.randperm(N, generator=generator(seed, "order", epoch))
+            encoder.train()
+        index = order[i * b : (i + 1) * b]  # (b,)
+
+        # Cut n augmented patches from each image.
+        params = sample_patches(b, n, image_size, augmentation, generator(seed, "patches", t))
+        x = extract_patches(images, index[mine], params[:, mine], sides[t], dtype, device)
+
+        # Their unit embeddings, and minus (R + lambda D) of the whole batch.
+        with autocast(device, config.precision):
+            z = model(x).unflatten(0, (n, -1))
+        z = gather_images(z)  # (n, b, d)
+        loss, terms = objective(z, x, index)
+
+        set_learning_rate(optimizer, cosine(config.lr, t, total))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        run.after_step(t, loss, terms)  # log, check, save, stop
+    return run.summary()
+
+
+# ---- Evaluation (paper section 4) ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(
+    encoder: Encoder,
+    images: Tensor,
+    patches: int = 16,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    quadrants: bool = False,
+) -> Tensor:
+    """The bag of patches: each image's representation, averaged over its patches.
+
+    images `(N, 3, H, W)` uint8 -> `(N, hidden)` float32, on the encoder's device. Patches are crops
+    on an even grid or, with an `augmentation`, drawn; each is encoded apart. With `quadrants` the
+    grid's four quadrants are averaged apart and stand side by side, `(N, 4 * hidden)`: top left,
+    top right, bottom left, bottom right. The encoder is put into eval mode. Raises `UsageError`
+    where `patches` makes no even grid, and for quadrants of anything but a grid of even side.
+    """
+    k = math.isqrt(patches)
+    if quadrants and (augmentation or k % 2):
+        raise UsageError("quadrants are of an even grid; give 4, 16 or 36 patches on a grid.")
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    s = encoder.architecture["patch_size"]
+    N, _, *image_size = images.shape
+    width = encoder.architecture["hidden"] * (4 if quadrants else 1)
+    features = torch.zeros(N, width, device=device)
+
+    # As many images at once as keep a CPU's cache, or a GPU, busy; each process has its share.
+    at_once = max(1, 2 ** (19 if device.type == "cpu" else 23) // (patches * s * s))
+    starts = range(0, N, at_once)
+    for start in progress(starts[share(len(starts))], desc="embedding", unit="batch", leave=False):
+        index = torch.arange(start, min(start + at_once, N))
+        if augmentation:
+            chance = generator(seed, "embed", start)
+            params = sample_patches(len(index), patches, image_size, augmentation, chance)
+        else:
+            params = grid_patches(len(index), patches, image_size)
+        x = extract_patches(images, index, params, s, dtype_of_patches(precision), device)
+        with autocast(device, precision):
+            h = encoder.representation(x)
+        h = h.float().unflatten(0, (patches, -1))  # (n, b, hidden)
+        if quadrants:
+            h = h.unflatten(0, (2, k // 2, 2, k // 2)).mean((1, 3))  # (2, 2, b, hidden)
+            bag = h.permute(2, 0, 1, 3).flatten(1)  # (b, 4 * hidden)
+        else:
+            bag = h.mean(0)  # (b, hidden)
+        features[index] = bag
+    return sum_over_processes(features)
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    epochs: int = 100,
+    batch: int = 100,
+    lr: float = 0.03,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Top-1 and top-5 test accuracy, in [0, 1], of a linear layer trained on frozen features.
+
+    Features `(N, width)`, labels `(N,)` int64. The official protocol: SGD with momentum 0.9 and
+    weight decay 5e-5, a cosine to 0. Unlike the official code, the accuracy is that of the last
+    epoch, not the best one seen on the test data, and no training feature is left out.
+    """
+    device = train_features.device
+    y, test_labels = train_labels.to(device), test_labels.to(device)
+    classes = int(max(y.max(), test_labels.max())) + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = nn.Linear(train_features.shape[1], classes).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, weight_decay=5e-5)
+
+    for epoch in progress(range(epochs), desc="linear probe", unit="epoch", leave=False):
+        set_learning_rate(optimizer, cosine(lr, epoch, epochs))
+        order = torch.randperm(len(y), generator=generator(seed, "probe", epoch)).to(device)
+        for index in order.split(batch):
+            x = train_features.index_select(0, index)  # [index] is slower on a CPU
+            loss = F.cross_entropy(layer(x), y[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite(), t, bad_step)
-            bar.update()
 
-            epoch_ends = i + 1 == steps
-            signal, due = folder.asked() if folder and not epoch_ends else (0, False)
-            saving = due or signal or epoch_ends
-            if (t + 1) % 10 == 0 or t + 1 == first + 10 or saving:
-                io.check_finite(bad_step, parameters if saving else [], t, T)
-                now = seconds + time.perf_counter() - clock
-            if (t + 1) % 10 == 0 or epoch_ends:
-                u = F.normalize(z.detach(), dim=-1)
-                record = {"step": t + 1, "epoch": (t + 1) / steps, "R": coding_rate(u, config.eps2).item(),
-                          "D": invariance(u).item(), "loss": loss.item(), "lr": cosine(config.lr, t, T),
-                          "patches_per_second": (t + 1) * n * b / now}
-                io.show(bar, record)
-                log(record)
-            if t + 1 == first + 10:
-                bar.write(f"about {io.human_time((now - seconds_before) / 10 * (T - t - 1))} of training to go")
-            if epoch_ends:
-                seconds = now
-                io.agree_on_buffers(encoder)
-                log({"step": t + 1, "epoch": epoch + 1, "train_seconds": seconds} | after_epoch(epoch))
-                signal = folder.asked()[0] if folder else 0
-                clock = time.perf_counter()
-            if folder and saving:
-                folder.save({"step": t + 1, "seconds": seconds + time.perf_counter() - clock, "record": record,
-                             **{name: part.state_dict() for name, part in parts.items()}})
-            if signal:
-                raise io.Stopped(signal, f"stopped after step {t + 1} of {T}, and saved; to go on: {io.PROGRAM} "
-                                         f"--resume {folder.path}")
-    return {"R": record["R"], "D": record["D"], "train_seconds": seconds, "patches_seen": T * n * b}
-
-
-def cut(images: Tensor, index: Tensor, params: Tensor, s: int, device: torch.device, precision: str = "float32") -> Tensor:
-    """`extract_patches` on `device`, wherever the data set is: if elsewhere, a batch is gathered first. A GPU is not waited for."""
-    if images.device.type != device.type:
-        images, index = images[index], torch.arange(len(index))
-    send = lambda x: (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
-    return extract_patches(send(images), send(index), send(params), s, torch.bfloat16 if precision == "bf16" else torch.float32)
-
-
-# ---- Evaluation (paper section 4): bag of patches, linear probe, weighted kNN ---------------------------------------
-
-@torch.no_grad()
-def embed(encoder: Encoder, images: Tensor, patches: int = 16, augmentation: Augmentation | None = None, seed: int = 0,
-          precision: str = "float32", maps: bool = False) -> Tensor:
-    """Representation of each image, averaged over its patches: `(N, 3, H, W)` uint8 -> `(N, hidden)` float32.
-
-    The encoder is put into eval mode, as in the paper's evaluation. `augmentation`: how the patches are drawn, by default crops
-    alone on an even grid. `maps`: the whole image at twice a patch's side, seen by `Encoder.maps`; give `patches=1`.
-    Raises `UsageError` where `patches` makes no even grid."""
-    encoder.eval()
-    device, s = next(encoder.parameters()).device, encoder.architecture["patch_size"]
-    look, s, none = (encoder.maps, 2 * s, Augmentation.none(area=(1.0, 1.0))) if maps else (encoder.representation, s, None)
-    b = max(1, min(len(images), 2 ** (19 if device.type == "cpu" else 23) // (patches * s * s)))        # images at once
-    features = torch.zeros(len(images), look(torch.zeros(1, 3, s, s, device=device)).shape[1], device=device)
-    starts = range(0, len(images), b)[io.rank()::io.processes()]    # under torchrun each process embeds its share
-    for start in io.progress(starts, desc="embedding", unit="batch", leave=False):
-        index = torch.arange(start, min(start + b, len(images)))
-        params = (sample_patches(len(index), patches, images.shape[2:], augmentation or none, generator(seed, "embed", start))
-                  if augmentation or none else grid_patches(len(index), patches, images.shape[2:]))
-        x = cut(images, index, params, s, device, precision)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            h = look(x)
-        features[start:start + b] = h.float().view(patches, len(index), -1).mean(0)
-    return io.sum_over_processes(features)
-
-
-@torch.no_grad()
-def linear_probe(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
-                 epochs: int = 100, batch: int = 100, lr: float = 0.03, seed: int = 0) -> tuple[float, float]:
-    """Top-1 and top-5 test accuracy, in [0, 1], of a linear layer trained on frozen features `(N, hidden)`.
-
-    The official protocol: SGD, momentum 0.9, weight decay 5e-5, cosine to 0; the gradient is written out because steps this
-    small are mostly autograd's overhead. Unlike the official code, the accuracy is the last epoch's rather than the best one
-    seen on the test data, and no training feature is dropped. Under torchrun each process has some columns.
-    """
-    device, hidden = train_features.device, train_features.shape[1]
-    ours = slice(io.rank() * hidden // io.processes(), (io.rank() + 1) * hidden // io.processes())
-    train_features, test_features = train_features[:, ours].contiguous(), test_features[:, ours].contiguous()
-    y, test_labels = train_labels.to(device), test_labels.to(device)
-    classes, bound, start = int(max(y.max(), test_labels.max())) + 1, hidden ** -0.5, torch.Generator().manual_seed(seed)
-    weight, bias = (torch.empty(classes, n).uniform_(-bound, bound, generator=start).to(device) for n in (hidden, 1))   # as nn.Linear
-    weight = weight[:, ours].clone()                                            # (classes, share); bias (classes, 1)
-    logits = lambda x: io.sum_over_processes(weight @ x.T) + bias               # (classes, batch), the faster way round on a CPU
-    weight_step, bias_step, target = torch.zeros_like(weight), torch.zeros_like(bias), F.one_hot(y, classes).T.contiguous().to(weight)
-    for epoch in io.progress(range(epochs), desc="linear probe", unit="epoch", leave=False):
-        rate = cosine(lr, epoch, epochs)
-        for index in torch.randperm(len(y), generator=generator(seed, "probe", epoch)).to(device).split(batch):
-            x = train_features.index_select(0, index)                           # [index] takes half as long again on a CPU
-            error = (F.softmax(logits(x), 0) - target.index_select(1, index)) / len(index)          # of the logits
-            weight_step.addmm_(error, x, beta=0.9).add_(weight, alpha=5e-5)
-            bias_step.mul_(0.9).add_(bias, alpha=5e-5).add_(error.sum(1, keepdim=True))
-            weight.sub_(weight_step, alpha=rate)
-            bias.sub_(bias_step, alpha=rate)
-    hits = logits(test_features).topk(min(5, classes), dim=0).indices.T == test_labels.view(-1, 1)               # (M, 5)
+    with torch.no_grad():
+        best = layer(test_features).topk(min(5, classes), dim=1).indices  # (M, 5)
+    hits = best == test_labels.view(-1, 1)
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
 
 
 @torch.no_grad()
-def knn_probe(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20,
-              temperature: float = 0.07) -> float:
-    """Top-1 test accuracy, in [0, 1], of the k nearest training features by cosine, votes weighted exp(cos / temperature)."""
-    bank, y = F.normalize(train_features, dim=1), train_labels.to(train_features.device)
-    hits = torch.zeros((), device=y.device)
-    blocks = list(zip(F.normalize(test_features, dim=1).split(1000), test_labels.to(y.device).split(1000)))
-    for queries, answers in io.progress(blocks[io.rank()::io.processes()], desc="kNN", unit="block", leave=False):
-        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)             # (1000, k)
-        votes = torch.zeros(len(queries), int(y.max()) + 1, device=y.device)
+def knn_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 test accuracy, in [0, 1], by the k nearest training features.
+
+    Nearest by cosine; each votes for its class with the weight exp(cosine / temperature).
+    """
+    bank = F.normalize(train_features, dim=1)
+    y, test_labels = train_labels.to(bank.device), test_labels.to(bank.device)
+    hits = 0
+    blocks = torch.arange(len(test_labels), device=bank.device).split(1000)
+    for block in progress(blocks, desc="kNN", unit="block", leave=False):
+        queries = F.normalize(test_features[block], dim=1)
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (1000, k)
+        votes = torch.zeros(len(queries), int(y.max()) + 1, device=bank.device)
         votes.scatter_add_(1, y[nearest], (similarity / temperature).exp())
-        hits += (votes.argmax(1) == answers).sum()
-    return io.sum_over_processes(hits).item() / len(test_labels)
+        hits += (votes.argmax(1) == test_labels[block]).sum().item()
+    return hits / len(test_labels)
 
 
-def probe(seen: list[Tensor], data: io.Dataset, config: Config, augmentation: Augmentation | None) -> dict:
-    """Probes of both splits' features, `seen`, and of their last columns, the representation h. Beside them stand those of raw
-    pixels and of the untrained encoder, so that a reader sees what was learned; these two are remembered by data set and recipe."""
-    linear = lambda train, test: linear_probe(train, data.train_labels, test, data.test_labels)
-    h, untrained = [x[:, -config.hidden:] for x in seen], new_encoder(config, data.train_images)
-    key = io.untrained_key(data, config, untrained, augmentation)
-    before = features(settled(untrained, data.train_images, config), data, config, augmentation) if io.remembered(key) is None else []
-    untrained_top1, (top1, top5), of_h, raw_pixels_top1, knn_top1 = io.side_by_side(config.device, [
-        lambda: io.remembered(key, lambda: linear(*before)[0]),
-        lambda: linear(*seen),
-        lambda: linear(*h) if h[0].shape != seen[0].shape else None,
-        lambda: io.remembered(f"raw pixels of {data.key}", lambda: linear(*map(io.pixels, (data.train_images, data.test_images)))[0]),
-        lambda: knn_probe(h[0], data.train_labels, h[1], data.test_labels)])
-    return {"linear_top1": top1, "linear_top5": top5, "representation_top1": (of_h or (top1,))[0], "knn_top1": knn_top1,
-            "raw_pixels_top1": raw_pixels_top1, "untrained_top1": untrained_top1}
+class Features(NamedTuple):
+    """Of a split's images: what the linear probe and kNN are about."""
+
+    bag: Tensor  # (N, hidden), the bag of patches
+    quadrants: Tensor | None  # (N, 4 * hidden), where the patches are on a grid of even side
 
 
-def features(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> list[Tensor | None]:
-    maps = config.eval_augmentation == "maps"
-    return [None if x is None else embed(encoder, x, config.eval_patches, augmentation, config.seed, config.precision, maps)
-            for x in (data.train_images, data.test_images)]
+def features(encoder: Encoder, images: Tensor, config: Config) -> Features:
+    how = {"patches": config.eval_patches, "seed": config.seed, "precision": config.precision}
+    if config.eval_augmentation == "train":
+        augmentation = training_augmentation(config, images.shape[2:])
+        return Features(embed(encoder, images, augmentation=augmentation, **how), None)
+    if math.isqrt(config.eval_patches) % 2:
+        return Features(embed(encoder, images, **how), None)
+    quadrants = embed(encoder, images, quadrants=True, **how)
+    return Features(quadrants.unflatten(1, (4, -1)).mean(1), quadrants)
+
+
+def probe(train: Features, test: Features, data: Dataset) -> dict:
+    """Test accuracies of frozen features; under torchrun process 0 finds them out."""
+    y, test_y = data.train_labels, data.test_labels
+    top1, top5 = from_first(lambda: linear_probe(train.bag, y, test.bag, test_y))
+    record = {"linear_top1": top1, "linear_top5": top5}
+    if train.quadrants is not None:
+        wide = from_first(lambda: linear_probe(train.quadrants, y, test.quadrants, test_y))
+        record["quadrants_top1"] = wide[0]
+    record["knn_top1"] = from_first(lambda: knn_probe(train.bag, y, test.bag, test_y))
+    return record
+
+
+def probe_without_training(data: Dataset, config: Config) -> dict:
+    """kNN of the untrained encoder's features and of raw pixels: what learning has to beat."""
+    encoder = untrained_encoder(config, data.train_images)
+    train, test = features_of_splits(encoder, data, config)
+    y, test_y = data.train_labels, data.test_labels
+    untrained = from_first(lambda: knn_probe(train.bag, y, test.bag, test_y))
+    return {"untrained_knn_top1": untrained, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
+
+
+def probe_pixels(data: Dataset, probe) -> float:
+    """A probe of the images themselves, at most 32 pixels a side."""
+    train, test = raw_pixels(data.train_images), raw_pixels(data.test_images)
+    return from_first(lambda: probe(train, data.train_labels, test, data.test_labels))
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """`(N, 3, H, W)` uint8 -> `(N, 3 * side * side)` in [-1, 1], side at most 32."""
+    side = min(32, images.shape[-1])
+    parts = images.split(1000)
+    return torch.cat([F.adaptive_avg_pool2d(x / 127.5 - 1, side).flatten(1) for x in parts])
 
 
 @torch.no_grad()
-def settled(encoder: Encoder, images: Tensor, config: Config) -> Encoder:
-    """An untrained encoder, its BatchNorms' statistics those of training patches, as if the learning rate had been 0."""
+def untrained_encoder(config: Config, images: Tensor) -> Encoder:
+    """An encoder as if the learning rate had been 0: its BatchNorms have seen training patches."""
+    encoder = new_encoder(config, images).train()
     for layer in encoder.modules():
-        layer.momentum = None                                       # a BatchNorm's: it then averages all that it sees
-    augmentation, _ = augmentations(config, *images.shape[2:])
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.momentum = None  # average all that it sees
+    device = torch.device(config.device)
+    image_size = images.shape[2:]
+    augmentation = training_augmentation(config, image_size)
     for t in range(10):
         index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
-        params = sample_patches(64, 4, images.shape[2:], augmentation, generator(config.seed, "settled", t))
-        encoder.train()(cut(images, index, params, config.patch_size, torch.device(config.device)))
+        chance = generator(config.seed, "settled", t)
+        params = sample_patches(64, 4, image_size, augmentation, chance)
+        encoder(extract_patches(images, index, params, config.patch_size, device=device))
     return encoder
 
 
-def holdout_knn(encoder: Encoder, data: io.Dataset, config: Config, augmentation: Augmentation) -> dict:
-    """kNN accuracy inside the training set, up to 1,000 fixed images against 5,000 others: a cheap sign of progress."""
+def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
+    """A cheap sign of progress: kNN within the training images, 1,000 of them against 5,000."""
     queries = min(1000, len(data.train_images) // 6)
     if data.train_labels is None or queries == 0:
         return {}
-    rows = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))[:6 * queries]
-    images, y = data.train_images[rows.to(data.train_images.device)], data.train_labels[rows]
-    h = embed(encoder, images, min(4, config.eval_patches), augmentation, config.seed, config.precision,
-              config.eval_augmentation == "maps")[:, -config.hidden:]
-    return {"holdout_knn_top1": knn_probe(h[queries:], y[queries:], h[:queries], y[:queries])}
+    rows = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))
+    rows = rows[: 6 * queries]
+    y = data.train_labels[rows]
+    images = data.train_images[rows.to(data.train_images.device)]
+    few = dataclasses.replace(config, eval_patches=min(4, config.eval_patches))
+    h = features(encoder, images, few).bag
+    top1 = from_first(lambda: knn_probe(h[queries:], y[queries:], h[:queries], y[:queries]))
+    return {"holdout_knn_top1": top1}
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-
-def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        encoder = kind(config.backbone, config.patch_size, config.hidden, config.projector, config.dim, config.drop_last_stage)
-    if config.backbone == "small":
-        some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:max(1, 2 ** 21 // images[0, 0].numel())]
-        whiten(encoder.backbone[0], images[some.to(images.device)].cpu(), generator(config.seed, "mixtures", 0))
-    return encoder.to(config.device, memory_format=torch.channels_last)
+# ---- Command line -------------------------------------------------------------------------------
 
 
-def method(config: Config, data: io.Dataset) -> tuple[Encoder, nn.Module | None, Augmentation]:
-    """What `run` trains: an encoder, an objective (None: EMP-SSL's own) and how patches are drawn. See baselines.py."""
+def method(config: Config, data: Dataset) -> tuple[Encoder, Augmentation, nn.Module]:
+    """What is trained, on which patches, and what for; study/baselines has others."""
     if config.patches < 2:
-        raise UsageError("--patches is 1; the invariance compares an image's patches, so give at least 2.")
-    return new_encoder(config, data.train_images), None, augmentations(config, *data.train_images.shape[2:])[0]
+        raise UsageError(
+            "--patches is 1; the invariance compares an image's patches, so give at least 2."
+        )
+    encoder = new_encoder(config, data.train_images)
+    augmentation = training_augmentation(config, data.train_images.shape[2:])
+    return encoder, augmentation, Objective(config.lam, config.eps2)
 
 
-def run(config: Config, presets: dict = PRESETS, method=method) -> dict:
-    """Load, train, probe, and write `runs/<name>/`. Returns the last metrics record, empty where nothing was trained or probed."""
-    config = io.settings(config, presets)
+def launch(config: Config, method=method) -> dict:
+    """Do what the settings say; returns the run's last record, empty where there is no run."""
+    if config.report:
+        report.write(Path(config.report))
+        return {}
     if config.ops:
-        print(*ops.describe(torch.device(config.device), config.patch_size or 32, min(config.batch, config.dim)), sep="\n")
+        describe_ops(config)
         return {}
-    io.keep_freed_memory()
-    io.join_processes(config.device)
-    data = io.first_process_first(lambda: load_dataset(config.dataset, config.data_dir, config.image_size, config.subset, config.seed))
+    keep_freed_memory()
+    join_processes(config.device)
+    data = first_process_first(lambda: load_data(config))
+    if config.checkpoint and not config.eval_only:
+        encoder = load(config.checkpoint, config.device)
+        train, test = features_of_splits(encoder, data, config)
+        export(config.export_features, train, test, data)
+        return {}
+
+    about = dataclasses.asdict(config) | provenance(config.device)
+    about |= {"images": len(data.train_images), "data_key": data.key}
+    with RunFolder(run_path(config), about, bool(config.resume), config.force) as folder:
+        if record := folder.finished():
+            return record
+        if config.checkpoint:
+            encoder = load(config.checkpoint, config.device)
+            record = {"checkpoint": config.checkpoint}
+        elif config.eval_only:
+            encoder = untrained_encoder(config, data.train_images)
+            record = {}
+        else:
+            encoder, record = train_in(folder, config, data, method)
+        return folder.finish(record | results(folder, encoder, data, config))
+
+
+def load_data(config: Config) -> Dataset:
+    """The data set on the run's device, if it fits; completes and checks what depends on it."""
+    data = load_dataset(
+        config.dataset, config.data_dir, config.image_size, config.subset, config.seed
+    )
     N, _, H, W = data.train_images.shape
-    if config.patch_size is None:                                   # the image's, as in the paper, but Tiny ImageNet's own
-        config.patch_size = min(32 if config.dataset == "tinyimagenet" else 224, H, W)
-    io.check_sizes(config, N, H, W)
-    _, at_eval = augmentations(config, H, W)
-    data = io.to_device(data, config.device)
-    if config.checkpoint or config.eval_only:
-        encoder = new_encoder(config, data.train_images)
-        io.load_weights(encoder, config.checkpoint) if config.checkpoint else settled(encoder, data.train_images, config)
-    else:
-        encoder, objective, augmentation = method(config, data)
-    if config.export_features and not config.eval_only and config.checkpoint:
-        io.export(features(encoder, data, config, at_eval), data, config.export_features)
-        return {}
+    if config.patch_size is None:
+        # As large as the image, as in the paper; for Tiny ImageNet crops in their own size.
+        largest = 32 if config.dataset == "tinyimagenet" else 224
+        config.patch_size = min(largest, H, W)
+    check_sizes(config, N, H, W)
+    return to_device(data, config.device)
 
-    folder = io.run_folder(config, data)
-    if record := folder.finished():
-        return record
-    record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
-    if not config.eval_only:
-        io.announce(config, N, H, W)
-        print(*ops.describe(torch.device(config.device), config.patch_size, min(config.batch, config.dim)), sep="\n")
 
-        def after_epoch(epoch):
-            io.save_encoder(folder.path / "encoder.pt", encoder)
-            if str(epoch + 1) not in (config.probe_epochs or "").split(",") or data.test_labels is None:
-                return holdout_knn(encoder, data, config, at_eval)
-            return probe(features(encoder, data, config, at_eval), data, config, at_eval)
-        with folder.catching_signals():
-            record |= train(encoder, data.train_images, config, augmentation, folder.log, after_epoch, folder, objective)
+def train_in(folder: RunFolder, config: Config, data: Dataset, method) -> tuple[Encoder, dict]:
+    encoder, augmentation, objective = method(config, data)
+    announce(config, data.train_images)
+    from_first(lambda: keep_some_patches(folder, data.train_images, augmentation, config))
+    probed = probed_epochs(config.probe_epochs)
+
+    def at_epoch_end(epoch: int) -> dict:
+        if epoch in probed and epoch < config.epochs and data.test_labels is not None:
+            return probe(*features_of_splits(encoder, data, config), data)
+        return holdout_knn(encoder, data, config)
+
+    run = Run(folder, config.save_every, at_epoch_end)
+    record = train(encoder, data.train_images, config, augmentation, objective, run)
+    return encoder, record
+
+
+def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) -> dict:
+    """Probe the encoder, and keep its features in the run's folder."""
     started = time.perf_counter()
-    h = features(encoder, data, config, at_eval)
-    io.save_results(folder, h, data, config.export_features)
-    record |= probe(h, data, config, at_eval) if data.test_labels is not None else {}
-    return folder.finish(record, time.perf_counter() - started)
+    train, test = features_of_splits(encoder, data, config)
+    if config.export_features:
+        export(config.export_features, train, test, data)
+    if test is None:
+        print("These images have no labels: their features are kept, and nothing is probed.")
+        kept = {"train_features": train.bag.half(), "files": data.files}
+        from_first(lambda: write_features(folder.path / "features.npz", **kept))
+        return {"probe_seconds": time.perf_counter() - started}
+
+    kept = {"test_features": test.bag.half(), "test_labels": data.test_labels}
+    kept["classes"] = data.classes
+    from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
+    record = probe(train, test, data)
+    if config.eval_only and not config.checkpoint:
+        # This encoder is the untrained one; what it has to beat is raw pixels.
+        top1, _ = probe_pixels(data, linear_probe)
+        record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
+    else:
+        record |= probe_without_training(data, config)
+    print(", ".join(f"{SAID[key]} {value:.4f}" for key, value in record.items() if key in SAID))
+    return record | {"probe_seconds": time.perf_counter() - started}
+
+
+SAID = {
+    "linear_top1": "bag of patches: linear probe",
+    "linear_top5": "top-5",
+    "quadrants_top1": "of the quadrants",
+    "knn_top1": "kNN",
+    "untrained_knn_top1": "of the untrained encoder",
+    "raw_pixels_top1": "linear probe of raw pixels",
+    "raw_pixels_knn_top1": "kNN of raw pixels",
+}
+
+
+def features_of_splits(
+    encoder: Encoder, data: Dataset, config: Config
+) -> tuple[Features, Features | None]:
+    """Of the training and the test images; without labels there are no test images."""
+    train = features(encoder, data.train_images, config)
+    test = None if data.test_images is None else features(encoder, data.test_images, config)
+    return train, test
+
+
+def export(path: str, train: Features, test: Features | None, data: Dataset) -> None:
+    arrays = {
+        "train_features": train.bag,
+        "train_labels": data.train_labels,
+        "test_features": None if test is None else test.bag,
+        "test_labels": data.test_labels,
+        "files": data.files,
+        "classes": data.classes or None,
+    }
+    from_first(lambda: write_features(Path(path), **arrays))
+    print(f"features of {len(train.bag):,} training images written to {path}")
+
+
+def announce(config: Config, images: Tensor) -> None:
+    N, _, H, W = images.shape
+    steps = N // config.batch * config.epochs
+    sides = dict.fromkeys(sides_of_patches(config, steps))
+    print(
+        f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, "
+        f"{steps:,} steps, {steps * config.batch * config.patches:,} patches of "
+        f"{', then '.join(f'{s}x{s}' for s in sides)} to come"
+    )
+    describe_ops(config)
+
+
+def describe_ops(config: Config) -> None:
+    device = torch.device(config.device)
+    rows = min(config.batch, config.dim)
+    print(*ops.describe(device, config.patch_size or 32, rows), sep="\n")
+
+
+def keep_some_patches(
+    folder: RunFolder, images: Tensor, augmentation: Augmentation | list, config: Config
+) -> None:
+    """A few images, and twelve patches of each as training draws them: for the report."""
+    some = torch.randperm(len(images), generator=generator(config.seed, "report", 0))[:6]
+    if isinstance(augmentation, list):
+        augmentation = augmentation * (12 // len(augmentation))
+    chance = generator(config.seed, "report", 1)
+    params = sample_patches(len(some), 12, images.shape[2:], augmentation, chance)
+    x = extract_patches(images, some, params, config.patch_size)
+    patches = ((x + 1) * 127.5).round().to(torch.uint8).unflatten(0, (12, -1))
+    chosen = images[some.to(images.device)]
+    write_features(folder.path / "patches.npz", images=chosen, patches=patches)
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line: returns the run's last record, or exits with code 2 and one sentence on a user's mistake."""
-    with io.mistakes_in_one_sentence():
-        return run(io.parse_flags(Config, argv, "Train EMP-SSL on images without labels, then probe its features."))
+    """The command line: returns the run's last record, or exits with one sentence and a code.
+
+    Codes: 2 for a mistake in arguments or data, 1 for a loss that is not finite, 128 + its number
+    for a signal.
+    """
+    about = "Train EMP-SSL on images without labels, then probe its features."
+    with one_sentence():
+        record = launch(read_settings(Config, PRESETS, argv, about))
+        leave_processes()
+        return record
+
+
+def command() -> None:
+    """The console command `empssl`."""
+    main()
 
 
 if __name__ == "__main__":
-    main()
+    command()

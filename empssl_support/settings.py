@@ -1,0 +1,274 @@
+"""A run's settings: what was typed, the preset, the run that goes on; and what cannot work."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from empssl_support.cli import UsageError, flag_name, parse_flags
+from empssl_support.files import read_checkpoint, read_encoder
+from empssl_support.machine import memory_of_this_machine
+from empssl_support.processes import processes, started_by_torchrun
+
+RUNS = Path("runs")
+MAY_CHANGE = ("resume", "device", "data_dir", "save_every", "export_features")
+
+
+def read_settings(kind: type, presets: dict, argv: list[str] | None, description: str):
+    """A run's settings, an instance of the dataclass `kind`.
+
+    A flag that was typed counts before the preset, and the preset before the field's own default.
+    With `--resume` the run's own settings count, and with `--checkpoint` the encoder's widths.
+    `presets` are dicts of settings, by name.
+    """
+    typed = parse_flags(kind, argv, description)
+    if "resume" in typed:
+        typed = resumed_settings(kind, typed)
+    device = pick_device(typed.get("device", "auto"))
+    preset = typed.get("preset", "auto")
+    if preset == "auto":
+        preset = "laptop" if device == "cpu" else "paper"
+    settings = presets[preset] | typed
+    if settings.get("size_schedule") and "patch_size" not in typed:
+        # The last size of the schedule is the one that is probed.
+        settings["patch_size"] = parse_size_schedule(settings["size_schedule"])[-1][0]
+    if settings.get("checkpoint"):
+        settings |= widths_of_checkpoint(typed)
+    config = kind(**settings | {"device": device, "preset": preset})
+    config.precision = pick_precision(config.precision, device)
+    check(config)
+    spare_the_checkpoint(config)
+    return config
+
+
+def resumed_settings(kind: type, typed: dict) -> dict:
+    folder = typed["resume"]
+    for name in typed:
+        if name not in MAY_CHANGE:
+            raise UsageError(
+                f"--resume goes on with the run's own settings; leave {flag_name(name)} out "
+                f"({', '.join(flag_name(name) for name in MAY_CHANGE[1:])} may change)."
+            )
+    stored = stored_settings(Path(folder))
+    names = [field.name for field in dataclasses.fields(kind)]
+    if "method" in stored and "method" not in names:
+        raise UsageError(
+            f"{folder} was begun by another program; "
+            f"go on with python -m study.baselines --resume {folder}."
+        )
+    if any(name not in stored for name in names):
+        raise UsageError(
+            f"There is no run to go on with in {folder}; "
+            f"give --resume a folder below {RUNS} that this program has begun."
+        )
+    return {name: stored[name] for name in names} | typed
+
+
+def stored_settings(folder: Path) -> dict:
+    """From a run's config.json or, where that is lost, a checkpoint; {} where there are none."""
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((folder / "config.json").read_text())
+        if isinstance(stored, dict):
+            return stored
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        if (folder / name).is_file() and (state := read_checkpoint(folder / name)):
+            return state["config"]
+    return {}
+
+
+def run_path(config) -> Path:
+    """The folder that is resumed, or `runs/<name>`: by default the data set and the time."""
+    if config.resume:
+        return Path(config.resume)
+    return RUNS / (config.name or f"{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def widths_of_checkpoint(typed: dict) -> dict:
+    path = typed["checkpoint"]
+    if not (typed.get("eval_only") or typed.get("export_features")):
+        raise UsageError(
+            "--checkpoint goes with --eval-only or --export-features; add the one you want."
+        )
+    architecture = read_encoder(path)["architecture"]
+    for name, value in architecture.items():
+        if typed.get(name, value) != value:
+            raise UsageError(
+                f"{path} has another architecture, its {name} is {value} and not {typed[name]}; "
+                f"leave {flag_name(name)} out."
+            )
+    return architecture
+
+
+def spare_the_checkpoint(config) -> None:
+    """Refuse a run that would delete, with --force, the encoder that it begins with."""
+    for path in (config.checkpoint, getattr(config, "warm_last_stage", None)):
+        if not (path and config.force and config.name):
+            continue
+        if (RUNS / config.name).resolve() in Path(path).resolve().parents:
+            raise UsageError(
+                f"--force would delete {path}, which is in the run folder that it overwrites; "
+                f"choose another --name."
+            )
+
+
+# ---- where to compute, and how ----
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is a GPU where there is one; under torchrun each process has a GPU of its own."""
+    device = wanted
+    if wanted == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and started_by_torchrun():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises many kinds for a device that it lacks
+        reason = str(error).splitlines()[0][:200]
+        mistake = UsageError(f"--device {device[:40]} cannot be used here ({reason}); try cpu.")
+        mistake.alike = False
+        raise mistake from None
+    return device
+
+
+def pick_precision(wanted: str, device: str) -> str:
+    """`auto` is bf16 on a GPU that has it, and float32 on a CPU, so that a seed is one run."""
+    if wanted != "auto":
+        return wanted
+    on_gpu = device.startswith("cuda")
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "float32"
+
+
+# ---- what cannot work ----
+
+
+def check(config) -> None:
+    """Refuse settings that cannot work, whatever the data."""
+    for field in dataclasses.fields(config):
+        check_range(field, getattr(config, field.name))
+    parse_size_schedule(config.size_schedule)
+    probed_epochs(config.probe_epochs)
+    on_a_grid = config.eval_augmentation == "grid"
+    if on_a_grid and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
+        raise UsageError(
+            f"--eval-patches {config.eval_patches} makes no even grid; "
+            f"give a square such as 1, 4, 9 or 16."
+        )
+    if config.name is not None and not re.fullmatch(r"\w[\w.=+-]{0,99}", config.name):
+        raise UsageError(
+            f"--name {config.name!r} is no plain folder name; "
+            f"use up to 100 letters, digits and -._=+ only."
+        )
+    if config.seed >= 2**63:
+        raise UsageError(f"--seed is {config.seed}; it must lie between 0 and 2^63 - 1.")
+    if config.export_features is not None:
+        check_target(config.export_features)
+
+
+def check_range(field: dataclasses.Field, value) -> None:
+    least, above = field.metadata["least"], field.metadata["above"]
+    if value is None:
+        return
+    if least is not None and not least <= value < math.inf:
+        raise UsageError(f"{flag_name(field.name)} is {value}; it must be at least {least}.")
+    if above is not None and not above < value < math.inf:
+        raise UsageError(f"{flag_name(field.name)} is {value}; it must be more than {above}.")
+
+
+def check_target(path: str) -> None:
+    target = Path(path)
+    if "\0" in path or target.is_dir() or not target.absolute().parent.is_dir():
+        raise UsageError(
+            f"--export-features {path!r} is no file in a folder that exists; "
+            f"name one, such as features.npz."
+        )
+
+
+def check_sizes(config, N: int, H: int, W: int) -> None:
+    """Refuse, before anything is written, sizes that do not fit the data or this machine."""
+    sides = [side for side, _ in parse_size_schedule(config.size_schedule)]
+    s = max([config.patch_size, *sides])
+    if s > min(H, W):
+        raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
+    memory = memory_of_this_machine()
+    if not (config.checkpoint or config.eval_only):
+        check_batch(config, N, s, memory)
+    weights = config.projector * (config.hidden + config.dim) + 512 * config.hidden
+    if 12 * weights > memory:  # 4 bytes each for the weight, its gradient and its momentum
+        raise UsageError(
+            f"--hidden {config.hidden}, --projector {config.projector} and --dim {config.dim} make "
+            f"a network larger than this machine's memory; lower one of them."
+        )
+    if 12 * config.eval_patches * s * s > memory:
+        raise UsageError(
+            f"--eval-patches {config.eval_patches} of one image are more than "
+            f"this machine's memory; lower it."
+        )
+
+
+def check_batch(config, N: int, s: int, memory: float) -> None:
+    n, b = config.patches, config.batch
+    if b > N:
+        raise UsageError(
+            f"--batch {b} is larger than the data set's {N} training images; lower it."
+        )
+    if b % processes():
+        raise UsageError(
+            f"--batch {b} is split over {processes()} processes; give a multiple of that."
+        )
+    bytes_of_patches = 12 * n * b * s * s
+    if bytes_of_patches > memory * processes():
+        raise UsageError(
+            f"--batch {b} times --patches {n} are {bytes_of_patches / 2**30:,.0f} GiB of patches, "
+            f"more than this machine's memory; lower one of them."
+        )
+
+
+def parse_size_schedule(text: str | None) -> list[tuple[int, float]]:
+    """Of `16:0.7,32:0.3`: [(16, 0.7), (32, 0.3)], sides of patches and their shares of training."""
+    if text is None:
+        return []
+    try:
+        parts = [part.split(":") for part in text.split(",")]
+        schedule = [(int(side), float(share)) for side, share in parts]
+    except ValueError:
+        schedule = []
+    shares = [share for _, share in schedule]
+    if not (shares and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6):
+        raise UsageError(
+            f"--size-schedule {text} is no list of sides and shares that sum to 1; "
+            f"give one such as 16:0.7,32:0.3."
+        )
+    if not all(1 <= side <= 4096 for side, _ in schedule):
+        raise UsageError(
+            f"--size-schedule {text} has a side that is not between 1 and 4096 pixels; change it."
+        )
+    return schedule
+
+
+def sides_of_patches(config, total: int) -> list[int]:
+    """The side of the patches in each of `total` steps: `--patch-size`, or the schedule's."""
+    schedule = parse_size_schedule(config.size_schedule) or [(config.patch_size, 1.0)]
+    sides = []
+    end = 0.0
+    for side, share in schedule:
+        end += share
+        sides += [side] * (round(end * total) - len(sides))
+    return sides
+
+
+def probed_epochs(text: str | None) -> set[int]:
+    """Of `1,10`: {1, 10}."""
+    if text is None:
+        return set()
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UsageError(f"--probe-epochs {text!r} is no list of epochs; give one such as 1,10.")
+    return {int(epoch) for epoch in text.split(",")}
