@@ -185,7 +185,8 @@ class Augmentation:
 
     The operations act in the order in which they stand here, on pixels in [0, 1], as
     torchvision.transforms.v2 has them on float images. Unlike in the official code, nothing is
-    rounded to whole pixel values on the way. At the end pixels are scaled to [-1, 1].
+    rounded to whole pixel values on the way. At the end pixels are scaled to [-1, 1]. Raises
+    `UsageError` for an area or a ratio that no crop can have.
     """
 
     area: tuple[float, float] = (0.25, 0.25)  # of the crop, as a share of the image's, uniform
@@ -201,6 +202,14 @@ class Augmentation:
     blur: float = 0.1  # probability
     sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels of the patch, uniform; 13 taps
     solarize: float = 0.1  # probability; inverts values from 128/255 up
+
+    def __post_init__(self):
+        rises = self.area[0] <= self.area[1] and self.ratio[0] <= self.ratio[1]
+        if not (rises and self.area[0] > 0 and self.area[1] <= 1 and self.ratio[0] > 0):
+            raise UsageError(
+                f"a crop of area {self.area} and ratio {self.ratio} does not fit: "
+                f"both must rise, the area within (0, 1]."
+            )
 
     @classmethod
     def none(cls, **settings) -> "Augmentation":
@@ -221,31 +230,20 @@ def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmen
 
 
 def sample_patches(
-    b: int,
-    n: int,
-    image_size: tuple[int, int],
-    augmentation: Augmentation | list[Augmentation],
-    generator: torch.Generator | None = None,
+    b: int, n: int, image_size: tuple[int, int], augmentation, generator=None
 ) -> Tensor:
     """Draw what describes n patches of each of b images of `image_size` (H, W).
 
     Returns float32 `(n, b, K)` on the CPU, with columns as in `empssl_support.pixels.COLUMNS`. What
     does not act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of
     whole pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut
-    to the image, where torchvision draws again. A list holds one augmentation for each patch.
-    Raises `UsageError` for an area or a ratio that no crop can have.
+    to the image, where torchvision draws again. `augmentation` is an `Augmentation`, or a list of
+    one for each patch; `generator` a torch.Generator.
     """
     if isinstance(augmentation, list):
-        draws = [sample_patches(b, 1, image_size, one, generator) for one in augmentation]
-        return torch.cat(draws)
+        return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
-    if not (0 < a.area[0] <= a.area[1] <= 1 and 0 < a.ratio[0] <= a.ratio[1]):
-        raise UsageError(
-            f"a crop of area {a.area} and ratio {a.ratio} does not fit: "
-            f"both must rise, the area within (0, 1]."
-        )
-
     chance = iter(torch.rand(16, n, b, generator=generator))  # an (n, b) for each choice below
 
     def uniform(low: float, high: float) -> Tensor:
@@ -422,8 +420,8 @@ def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
         # By Sylvester's identity Z Z^T has the same determinant as Z^T Z: take the smaller one.
         gram = z @ z.mT if b < d else z.mT @ z  # (n, k, k), k = min(b, d)
         identity = torch.eye(min(b, d), dtype=z.dtype, device=z.device)
-        logdet, _ = logdet_spd(identity + d / (b * eps2) * gram)  # (n,)
-        return (logdet / 2).mean()
+        R = 1 / 2 * logdet_spd(identity + d / (b * eps2) * gram)[0]  # (n,)
+        return R.mean()
 
 
 def invariance(z: Tensor) -> Tensor:
@@ -547,41 +545,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def train(
-    encoder: Encoder,
-    images: Tensor,
-    config: Config,
-    augmentation: Augmentation | list[Augmentation],
-    objective: nn.Module | None = None,
-    run: Run | None = None,
+    encoder: Encoder, images: Tensor, config: Config, augmentation, objective=None, run=None
 ) -> dict:
     """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8. An epoch's images that do not fill a batch are left out. `run` logs
-    and saves, and has training go on from the checkpoint that it holds. Under torchrun each process
-    cuts and encodes its share of a batch's images, and the loss is of all b. Returns the last terms
-    of the loss (R, D), `train_seconds` and `patches_seen`. Raises `UsageError` where b > N, and
-    what `Run.after_step` raises.
+    images `(N, 3, H, W)` uint8. An epoch's images that do not fill a batch are left out. The `Run`
+    logs, saves, and goes on from its checkpoint. Under torchrun each process cuts and encodes its
+    share of a batch's images, and the loss is of all b. Returns the last terms of the loss (R, D),
+    `train_seconds` and `patches_seen`. Raises `UsageError` where b > N, and as `Run.after_step`.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
     if b > N:
-        raise UsageError(
-            f"--batch {b} is larger than the data set's {N} training images; give a smaller one."
-        )
+        raise UsageError(f"--batch {b} is larger than the {N} training images; lower it.")
     steps = N // b  # in an epoch
     total = config.epochs * steps
-    device = next(encoder.parameters()).device
-    dtype = dtype_of_patches(config.precision)
-    sides = sides_of_patches(config, total)  # s, for each step
+    sides = sides_of_patches(config, total)  # s, of each step
+    device, dtype = next(encoder.parameters()).device, dtype_of_patches(config.precision)
     mine = share(b)  # of a batch's images, where several processes share it
 
     objective = objective or Objective(config.lam, config.eps2)
     optimizer = new_optimizer(config, [*encoder.parameters(), *objective.parameters()])
     run = run or Run()
     first = run.restore(encoder=encoder, optimizer=optimizer, objective=objective)
-    model = distribute(encoder)
-    if config.compile:
-        model = torch.compile(model)
+    model = distribute(encoder, config.compile)
 
     for t in run.steps(config.epochs, steps, n * b):  # with a progress bar and a clock
         epoch, i = divmod(t, steps)

@@ -89,6 +89,7 @@ laptop|peers|transfer)
 tables)
     setup figures matplotlib sklearn
     "$PY" -m study.experiments.tables
+    "$PY" -m study.experiments.plot
     ;;
 *)
     echo "error: there is no command '$command'; the commands are: (none), test, test-long, gpu, cifar10, cifar100, tinyimagenet, imagenet100, laptop, peers, transfer, tables." >&2

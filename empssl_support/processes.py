@@ -134,18 +134,19 @@ def gather_images(z: Tensor) -> Tensor:
     return _Gather.apply(z.contiguous()) if processes() > 1 else z
 
 
-def distribute(encoder: nn.Module) -> nn.Module:
-    """`encoder` itself or, with several processes, what averages its gradients over them."""
-    if processes() == 1:
-        return encoder
-    if next(encoder.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    else:
-        print(
-            "PyTorch synchronises BatchNorm on GPUs only: "
-            "each process uses the statistics of its own images."
-        )
-    return nn.parallel.DistributedDataParallel(encoder)
+def distribute(encoder: nn.Module, compiled: bool = False) -> nn.Module:
+    """What runs `encoder`: compiled or not, and its gradients averaged over the processes."""
+    model = encoder
+    if processes() > 1:
+        if next(encoder.parameters()).is_cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        else:
+            print(
+                "PyTorch synchronises BatchNorm on GPUs only: "
+                "each process uses the statistics of its own images."
+            )
+        model = nn.parallel.DistributedDataParallel(encoder)
+    return torch.compile(model) if compiled else model
 
 
 def agree_on_buffers(encoder: nn.Module) -> None:

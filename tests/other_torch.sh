@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$(mktemp -d)
 trap 'rm -rf "$venv"' EXIT
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet "torch==2.10.*" "torchvision==0.25.*" tqdm numpy pillow threadpoolctl pytest hypothesis
+"$venv/bin/python" -m pip install --quiet "torch==2.10.*" "torchvision==0.25.*" tqdm numpy pillow filelock \
+    pytest pytest-timeout hypothesis
 for each in "$python" "$venv/bin/python"; do
     "$each" -c "import torch, _empssl; print(f'torch {torch.__version__}: {_empssl.__file__}')"
 done

@@ -10,18 +10,20 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-import torch
-
-import empssl_ops
 import test_ops
-from empssl import Augmentation, sample_patches
+import torch
 from test_patches import one
 
+from empssl import Augmentation, sample_patches
+from empssl_support import ops
+
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-pytestmark = pytest.mark.skipif(empssl_ops._empssl is None or COMPILER is None or sys.platform != "linux",
-                                reason="no compiled module, no compiler, or none of Linux's fibers")
+pytestmark = pytest.mark.skipif(
+    ops._empssl is None or COMPILER is None or sys.platform != "linux",
+    reason="no compiled module, no compiler, or none of Linux's fibers",
+)
 HERE, CSRC = Path(__file__).parent, Path(__file__).parent.parent / "csrc"
-LARGEST = {torch.float32: 240, torch.float64: 169}          # rows of a matrix in an H100's shared memory
+LARGEST = {torch.float32: 240, torch.float64: 169}  # rows of a matrix in an H100's shared memory
 WRAPPERS = """
 #include "empssl.h"
 extern "C" const char* extract_patches(const PatchJob* job) { return extract_patches_cuda(*job, nullptr); }
@@ -37,8 +39,14 @@ extern "C" int64_t largest(int64_t element_bytes) {
 
 def as_cpp(source: str) -> str:
     """A launch as a call, and the shared memory that a launch sizes as a pointer to it."""
-    source, launches = re.subn(r"(\w+<\w+>)<<<(.*?)>>>\((.*?)\);", r"on_a_cpu::launch([&] { \1(\3); }, \2);", source)
-    source, arrays = re.subn(r"extern __shared__ (?:__align__\(16\) )?([\w ]+) (\w+)\[\];", r"\1* \2 = (\1*)on_a_cpu::shared;", source)
+    source, launches = re.subn(
+        r"(\w+<\w+>)<<<(.*?)>>>\((.*?)\);", r"on_a_cpu::launch([&] { \1(\3); }, \2);", source
+    )
+    source, arrays = re.subn(
+        r"extern __shared__ (?:__align__\(16\) )?([\w ]+) (\w+)\[\];",
+        r"\1* \2 = (\1*)on_a_cpu::shared;",
+        source,
+    )
     assert launches == arrays == 1
     return source
 
@@ -49,8 +57,27 @@ def compiled(folder: Path, change=lambda source: source) -> ctypes.CDLL:
     (folder / "wrappers.cpp").write_text(WRAPPERS)
     for name in ("patches_cuda", "logdet_cuda"):
         (folder / f"{name}.cpp").write_text(as_cpp(change((CSRC / f"{name}.cu").read_text())))
-    subprocess.run([COMPILER, "-O1", "-std=c++17", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-I", folder, "-I", CSRC,
-                    "-include", HERE / "cuda_on_a_cpu.h", *folder.glob("*.cpp"), "-o", folder / "kernels.so"], check=True)
+    subprocess.run(
+        [
+            COMPILER,
+            "-O1",
+            "-std=c++17",
+            "-fno-strict-aliasing",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-I",
+            folder,
+            "-I",
+            CSRC,
+            "-include",
+            HERE / "cuda_on_a_cpu.h",
+            *folder.glob("*.cpp"),
+            "-o",
+            folder / "kernels.so",
+        ],
+        check=True,
+    )
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.extract_patches.restype = library.logdet_spd.restype = ctypes.c_char_p
     library.largest.restype = ctypes.c_int64
@@ -59,27 +86,45 @@ def compiled(folder: Path, change=lambda source: source) -> ctypes.CDLL:
 
 class Job(ctypes.Structure):
     """`PatchJob` of csrc/empssl.h."""
-    _fields_ = ([("images", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "N H W stride_n stride_c stride_h stride_w".split()]
-                + [("index", ctypes.c_void_p), ("params", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "nbs"]
-                + [("out", ctypes.c_void_p), ("out_type", ctypes.c_int)])
+
+    _fields_ = (
+        [("images", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in "N H W stride_n stride_c stride_h stride_w".split()]
+        + [("index", ctypes.c_void_p), ("params", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in "nbs"]
+        + [("out", ctypes.c_void_p), ("out_type", ctypes.c_int)]
+    )
 
 
 class InThePlaceOfTheCPUs:
     """The compiled module, but the CPU's kernels are CUDA's."""
 
     def __init__(self, library: ctypes.CDLL):
-        self.library, self.module, self.calls = library, empssl_ops._empssl, 0
+        self.library, self.module, self.calls = library, ops._empssl, 0
 
     def __getattr__(self, name):
         return getattr(self.module, name)
 
-    def extract_patches_cpu(self, images, shape, strides, index, params, n, b, s, out, out_type, threads):
+    def extract_patches_cpu(
+        self, images, shape, strides, index, params, n, b, s, out, out_type, threads
+    ):
         N, _, H, W = shape
-        self.run(self.library.extract_patches, ctypes.byref(Job(images, N, H, W, *strides, index, params, n, b, s, out, out_type)))
+        self.run(
+            self.library.extract_patches,
+            ctypes.byref(Job(images, N, H, W, *strides, index, params, n, b, s, out, out_type)),
+        )
 
     def logdet_spd_cpu(self, A, n, k, logdet, inverse, is_double, threads):
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
-        self.run(self.library.logdet_spd, pointer(A), integer(n), integer(k), pointer(logdet), pointer(inverse), ctypes.c_bool(is_double))
+        self.run(
+            self.library.logdet_spd,
+            pointer(A),
+            integer(n),
+            integer(k),
+            pointer(logdet),
+            pointer(inverse),
+            ctypes.c_bool(is_double),
+        )
 
     def run(self, call, *arguments):
         self.calls += 1
@@ -95,7 +140,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def kernels(library, monkeypatch):
     kernels = InThePlaceOfTheCPUs(library)
-    monkeypatch.setattr(empssl_ops, "_empssl", kernels)
+    monkeypatch.setattr(ops, "_empssl", kernels)
     yield kernels
     assert kernels.calls
 
@@ -106,8 +151,21 @@ def test_patches(kernels):
         test_ops.test_the_papers_patches("cpu", s, None)
 
 
-@pytest.mark.parametrize("alone", [dict(), dict(flip=1), dict(brightness=1.4), dict(contrast=0.6), dict(saturation=1.4), dict(hue=-0.2),
-                                   dict(grey=1), dict(sigma=1.5), dict(solarize=1)], ids=str)
+@pytest.mark.parametrize(
+    "alone",
+    [
+        dict(),
+        dict(flip=1),
+        dict(brightness=1.4),
+        dict(contrast=0.6),
+        dict(saturation=1.4),
+        dict(hue=-0.2),
+        dict(grey=1),
+        dict(sigma=1.5),
+        dict(solarize=1),
+    ],
+    ids=str,
+)
 def test_each_operation_alone(kernels, alone):
     test_ops.test_each_operation_alone("cpu", alone, None)
 
@@ -117,14 +175,21 @@ def test_every_order(kernels):
         test_ops.test_every_order("cpu", order)
 
 
-@pytest.mark.parametrize("test", ["all_off_is_the_plain_crop_exactly", "large_images_and_shrinking", "strided_and_offset_inputs",
-                                  "solarize_inverts_from_128_up"])
+@pytest.mark.parametrize(
+    "test",
+    [
+        "all_off_is_the_plain_crop_exactly",
+        "large_images_and_shrinking",
+        "strided_and_offset_inputs",
+        "solarize_inverts_from_128_up",
+    ],
+)
 def test_special_patches(kernels, test):
     test = getattr(test_ops, f"test_{test}")
     test("cpu", None) if "isa" in signature(test).parameters else test("cpu")
 
 
-@pytest.mark.parametrize("s", [16, 5])                      # stored 16 bytes at a time, and one by one
+@pytest.mark.parametrize("s", [16, 5])  # stored 16 bytes at a time, and one by one
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_rounded_float32(kernels, s, dtype):
     images, index = test_ops.random_images(9, 32, 32), torch.arange(9)
@@ -137,7 +202,9 @@ def test_half_precision_is_the_rounded_float32(kernels, s, dtype):
 def test_outside_is_nan_for_that_patch_alone(kernels, bad):
     bad = dict(bad)
     index = torch.tensor([0, bad.pop("index", 0)])
-    x = test_ops.extract(test_ops.random_images(1, 8, 8), index, torch.cat([one(), one(**bad)], 1), 16, torch.float32)
+    x = test_ops.extract(
+        test_ops.random_images(1, 8, 8), index, torch.cat([one(), one(**bad)], 1), 16, torch.float32
+    )
     assert x[1].isnan().all() and not x[0].isnan().any()
 
 
@@ -166,12 +233,25 @@ def test_a_training_follows_the_references(kernels, monkeypatch):
     test_ops.test_a_training_with_kernels_and_one_with_references_agree("cpu", 0, monkeypatch)
 
 
-@pytest.mark.parametrize("change,seen", [(lambda source: source.replace("__syncthreads();", ""), AssertionError),
-                                         (lambda source: source.replace("__syncthreads();", "if (threadIdx.x) __syncthreads();"), RuntimeError),
-                                         (lambda source: source.replace("* element", "* element / 2").replace("return 4 *", "return 2 *"), RuntimeError)],
-                         ids=["no barrier", "a barrier that one thread passes by", "half the shared memory"])
+@pytest.mark.parametrize(
+    "change,seen",
+    [
+        (lambda source: source.replace("__syncthreads();", ""), AssertionError),
+        (
+            lambda source: source.replace("__syncthreads();", "if (threadIdx.x) __syncthreads();"),
+            RuntimeError,
+        ),
+        (
+            lambda source: source.replace("* element", "* element / 2").replace(
+                "return 4 *", "return 2 *"
+            ),
+            RuntimeError,
+        ),
+    ],
+    ids=["no barrier", "a barrier that one thread passes by", "half the shared memory"],
+)
 def test_what_is_wrong_on_a_gpu_is_seen(change, seen, tmp_path, monkeypatch):
-    monkeypatch.setattr(empssl_ops, "_empssl", InThePlaceOfTheCPUs(compiled(tmp_path, change)))
+    monkeypatch.setattr(ops, "_empssl", InThePlaceOfTheCPUs(compiled(tmp_path, change)))
     with pytest.raises(seen):
         test_ops.test_each_operation_alone("cpu", dict(sigma=1.5), None)
     with pytest.raises(seen):

@@ -11,7 +11,7 @@ from empssl import LARS, cosine
 def literal_step(p, g, buffer, lr, momentum=0.9, decay=1e-4, eta=0.005):
     """One tensor, one step, in float64, as the rule is written."""
     if p.ndim != 1:
-        p_norm, g_norm = math.sqrt((p ** 2).sum()), math.sqrt((g ** 2).sum())
+        p_norm, g_norm = math.sqrt((p**2).sum()), math.sqrt((g**2).sum())
         if p_norm != 0 and g_norm != 0:
             trust = eta * p_norm / (g_norm + decay * p_norm + 1e-8)
             g = (g + decay * p) * min(trust / lr, 1)
@@ -35,7 +35,9 @@ def test_several_steps(shape, scale):
         optimizer.step()
         p, buffer = literal_step(p, g, buffer, lr)
         torch.testing.assert_close(parameter.data, p, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(parameter.grad, g, rtol=0, atol=0)                 # the gradient is the caller's
+        torch.testing.assert_close(
+            parameter.grad, g, rtol=0, atol=0
+        )  # the gradient is the caller's
 
 
 @pytest.mark.parametrize("zero", ["gradient", "parameter"])
@@ -44,7 +46,7 @@ def test_zero_norms_are_left_alone(zero):
     before = p.detach().clone()
     p.grad = torch.zeros(3, 3) if zero == "gradient" else torch.randn(3, 3)
     LARS([p], lr=0.1).step()
-    torch.testing.assert_close(p.detach(), before - 0.1 * 1.9 * p.grad)               # plain Nesterov, no decay
+    torch.testing.assert_close(p.detach(), before - 0.1 * 1.9 * p.grad)  # plain Nesterov, no decay
 
 
 def test_one_dimensional_tensors_are_neither_scaled_nor_decayed():
@@ -56,7 +58,10 @@ def test_one_dimensional_tensors_are_neither_scaled_nor_decayed():
 
 def test_with_trust_never_clipping_it_is_torchs_sgd():
     a, b = (torch.nn.Parameter(torch.arange(6.0).view(2, 3) + 1) for _ in range(2))
-    ours, theirs = LARS([a], lr=0.1, eta=1e9), torch.optim.SGD([b], lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    ours, theirs = (
+        LARS([a], lr=0.1, eta=1e9),
+        torch.optim.SGD([b], lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
+    )
     for _ in range(4):
         a.grad, b.grad = a.detach().sin(), b.detach().sin()
         ours.step(), theirs.step()
@@ -72,7 +77,9 @@ def test_it_is_an_ordinary_optimizer():
     again = LARS([{"params": [p]}, {"params": [unused]}], lr=0.5)
     again.load_state_dict(optimizer.state_dict())
     assert again.param_groups[1]["lr"] == 1.0
-    torch.testing.assert_close(again.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+    torch.testing.assert_close(
+        again.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"]
+    )
 
 
 def test_cosine():

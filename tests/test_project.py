@@ -1,7 +1,5 @@
-"""What the project says of itself: the README's commands and tables, its pictures, the file that is read."""
+"""What the project says of itself: the README's commands, code, tables, pictures and links."""
 
-import dataclasses
-import json
 import re
 import shlex
 import subprocess
@@ -9,149 +7,137 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-import baselines
 import empssl
-import empssl_io as io
-import report
+from empssl_support.cli import parse_flags
+from empssl_support.data import DATASETS
+from empssl_support.files import save_encoder
+from empssl_support.settings import resumed_settings
+from study.experiments import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)            # (language, text)
-COMMANDS = [line.split("#")[0].strip() for language, block in BLOCKS if not language for line in block.splitlines()]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_readmes_commands_parse(in_tmp):
-    python = [shlex.split(c) for c in COMMANDS if c.startswith("python empssl.py")]
-    python += [["python", *shlex.split(c)[2:]] for c in COMMANDS if c.startswith("torchrun")]
-    assert len(python) >= 6
-    for command in python:
-        if "--resume" in command:
-            io.RunFolder(command[-1], dataclasses.asdict(empssl.Config()))
-        config = io.parse_flags(empssl.Config, command[2:], "")
-        assert config.dataset in io.DATASETS
-    scripts = [c for c in COMMANDS if c.startswith("bash reproduce.sh")]
-    assert scripts == ["bash reproduce.sh", "bash reproduce.sh test"]
-    known = re.findall(r"^([\w|-]+)\)$", (ROOT / "reproduce.sh").read_text(), re.M)
-    assert known == ["main", "test|test-long", "cifar10|cifar100|tinyimagenet|imagenet100|transfer|ablation|peers", "laptop", "speed",
-                     "figures", "all", "gpu"]
-    assert all(c.split()[0] in ("python", "bash", "pip", "torchrun") for c in COMMANDS)
+def blocks(language, pages=PAGES):
+    """The code blocks of that language, and those of commands where it is empty."""
+    text = "\n".join(page.read_text() for page in pages)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return [code for its_language, code in found if its_language == language]
+
+
+def commands(pages=PAGES):
+    lines = [line for block in blocks("", pages) for line in block.splitlines()]
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def test_the_commands_parse():
+    """Of README.md and docs/, whatever starts empssl.py."""
+    words = [shlex.split(command) for command in commands()]
+    words = [w[w.index("empssl.py") + 1 :] for w in words if "empssl.py" in w]
+    assert len(words) >= 7
+    for arguments in words:
+        typed = parse_flags(empssl.Config, arguments, "")
+        assert typed.get("dataset", "cifar10") in DATASETS and (typed or not arguments)
+    assert all(c.split()[0] in ("python", "bash", "pip", "torchrun") for c in commands())
+
+
+def test_reproduce_knows_the_commands_that_are_printed():
+    script = (ROOT / "reproduce.sh").read_text()
+    known = "|".join(re.findall(r"^([\w|-]+)\)$", script, re.M)).split("|")
+    printed = [shlex.split(c)[2:] for c in commands() if c.startswith("bash reproduce.sh")]
+    assert [] in printed and ["test"] in printed
+    assert all(words == [] or words[0] in known for words in printed)
+    assert all(f"bash reproduce.sh {name}" in script or name == "main" for name in ("main", "gpu"))
 
 
 def test_reproduce_refuses_an_unknown_command():
-    done = subprocess.run(["bash", ROOT / "reproduce.sh", "everything"], capture_output=True, text=True)
-    assert done.returncode == 2 and "everything" in done.stderr and len(done.stderr.splitlines()) == 1
+    command = ["bash", ROOT / "reproduce.sh", "everything"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "everything" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_readmes_python_runs(in_tmp):
-    """The five lines that load an encoder, as printed."""
-    encoder = empssl.Encoder("small", 16, hidden=16, projector=16, dim=8)
-    (in_tmp / "runs" / "photos").mkdir(parents=True)
-    io.save_encoder(in_tmp / "runs" / "photos" / "encoder.pt", encoder)
-    (code,) = [block for language, block in BLOCKS if language == "python"]
-    assert len(code.splitlines()) == 5
-    names = {"images": io.load_dataset("shapes").test_images[:5]}
-    exec(code, names)
-    assert names["features"].shape == (5, 16)
-
-
-def test_the_readmes_tables_are_those_of_the_records():
-    assert report.readme_with_tables(README) == README
-
-
-def test_the_readmes_pictures_and_links_are_there():
-    found = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
-    assert len(found) > 2 and all((ROOT / target).exists() for target in found)
-
-
-def test_the_laptops_story_is_that_of_the_records():
-    story = (ROOT / "results" / "laptop" / "README.md").read_text()
-    assert story == report.laptop_story(), "run: python report.py --readme"
-    assert all(f"| {t['try']} |" in story for name in ("tries", "maps") for t in json.loads((ROOT / f"results/laptop/{name}.json").read_text())["tries"])
-
-
-def test_the_readmes_presets_are_the_codes():
-    for name in empssl.PRESETS["fast"]:
-        row = re.search(rf"^\| `--{name.replace('_', '-')}`[^|]*\| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", README, re.M)
-        assert row and row.groups() == tuple(str(preset.get(name, {"patch_size": "the image, 32 for Tiny ImageNet"}.get(name, False)))
-                                            for preset in empssl.PRESETS.values()), name
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
-def test_each_record_says_where_it_comes_from(path):
-    record = json.loads(path.read_text())
-    assert record["command"].startswith("python empssl.py") and re.match(r"[0-9a-f]{40}", record["commit"])
-    for key in ("versions", "hardware", "seed", "metrics"):
-        assert key in record
-
-
-def test_the_file_that_is_read_stays_short():
-    assert len((ROOT / "empssl.py").read_text().splitlines()) <= 760
-
-
-def test_help_names_every_field():
-    done = subprocess.run([sys.executable, ROOT / "empssl.py", "--help"], capture_output=True, text=True)
+def test_help_names_every_flag():
+    done = subprocess.run(
+        [sys.executable, ROOT / "empssl.py", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
     for name in empssl.Config.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in done.stdout
 
 
-def test_pictures(in_tmp, capsys):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("sklearn")
-    from PIL import Image
-
-    empssl.main(["--dataset", "shapes", "--subset", "60", "--patches", "2", "--batch", "20", "--hidden", "16", "--projector", "16", "--dim", "8",
-                 "--eval-patches", "1", "--preset", "laptop", "--device", "cpu", "--name", "demo"])
-    report.main(["runs/demo"])
-    for name in ("patches", "curves", "tsne"):
-        with Image.open(f"runs/demo/{name}.png") as picture:
-            assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 20       # drawn on
-    with pytest.raises(io.UsageError, match="runs/nothing"):
-        report.main(["runs/nothing"])
+def test_the_readmes_encoder_loads_and_embeds(in_tmp):
+    encoder = empssl.Encoder("small", 16, hidden=16, projector=16, dim=8)
+    (in_tmp / "runs" / "photos").mkdir(parents=True)
+    save_encoder(in_tmp / "runs" / "photos" / "encoder.pt", encoder)
+    (code,) = [block for block in blocks("python") if "empssl.load" in block]
+    names = {"images": torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)}
+    exec(code, names)
+    assert names["features"].shape == (5, 16)
 
 
-def test_a_kept_record_fills_the_table(in_tmp, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", in_tmp / "results")
-    run = in_tmp / "runs" / "one"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(dict(dataset="imagefolder", data_dir="data/birds", preset="laptop", epochs=1,
-                                                     hardware="abacus", seed=3)))
-    (run / "metrics.jsonl").write_text(json.dumps(dict(linear_top1=0.5, knn_top1=0.4, untrained_top1=0.3, raw_pixels_top1=0.2,
-                                                       patches_seen=1000, train_seconds=9.0, probe_seconds=3.0, peak_memory=2 ** 31)) + "\n")
-    report.main(["--record", str(run)])
-    assert report.runs_table().splitlines()[-1] == ("| birds | laptop | 1 | 1,000 | 9 s | 3 s | 2.0 GiB | 0.500 | not measured | 0.400 | 0.300 "
-                                                    "| 0.200 | abacus | 3 | [one](results/one.json) |")
-    (run / "metrics.jsonl").write_text(json.dumps(dict(linear_top1=0.5)) + "\n{")      # probed alone; a line cut short
-    with pytest.raises(io.UsageError, match="only probed"):
-        report.main(["--record", str(run)])
+def test_the_readmes_method_is_the_codes():
+    """Its fifteen lines, run as printed on one batch, give the loss and gradient of empssl.py."""
+    (code,) = [block for block in blocks("python") if "def coding_rate" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    b, n, s = 6, 4, 16
+    images = torch.randint(0, 256, (b, 3, 32, 32), dtype=torch.uint8)
+    names = {
+        **{name: getattr(empssl, name) for name in ("Augmentation", "logdet_spd", "F", "torch")},
+        **{name: getattr(empssl, name) for name in ("sample_patches", "extract_patches")},
+        "encoder": empssl.Encoder("small", s, hidden=16, projector=16, dim=8),
+        "batches": [torch.arange(b)],
+        **{"images": images, "b": b, "n": n, "s": s, "image_size": (32, 32)},
+    }
+    exec(code, names)
+    torch.testing.assert_close(names["loss"], empssl.empssl_loss(names["z"]))
+    assert all(p.grad.isfinite().all() for p in names["encoder"].parameters())
 
 
-def test_seeds_of_a_recipe_are_one_row(in_tmp, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", in_tmp / "results")
-    (in_tmp / "results" / "laptop").mkdir(parents=True)
-    for seed, linear in ((0, 0.70), (1, 0.74)):
-        metrics = dict(linear_top1=linear, representation_top1=0.6, knn_top1=0.4, untrained_top1=0.3, raw_pixels_top1=0.2, patches_seen=1000,
-                       train_seconds=9.0 + seed, probe_seconds=3.0, peak_memory=2 ** (31 + seed))
-        record = dict(dataset="shapes", preset="laptop", method="supervised", epochs=2, hardware="abacus", seed=seed, metrics=metrics)
-        (in_tmp / "results" / "laptop" / f"two-seed{seed}.json").write_text(json.dumps(record))
-    (in_tmp / "results" / "laptop" / "a-try.json").write_text("{}")
-    assert report.runs_table().splitlines()[2:] == [
-        "| shapes | laptop, all labels | 2 | 1,000 | 10 s | 3 s | 4.0 GiB | 0.720 ± 0.020 | 0.600 ± 0.000 | 0.400 ± 0.000 | 0.300 ± 0.000 "
-        "| 0.200 ± 0.000 | abacus | 0, 1 | [two](results/laptop/two-seed0.json), [1](results/laptop/two-seed1.json) |"]
+def test_the_readmes_presets_are_the_codes():
+    paper = empssl.Config()
+    defaults = {"patch_size": "the image, 32 for Tiny ImageNet"}
+    for name, value in empssl.PRESETS["laptop"].items():
+        flag = "--" + name.replace("_", "-")
+        row = re.search(rf"^\| `{flag}`[^|]*\| ([^|]*) \| ([^|]*) \|$", README, re.M)
+        expected = defaults.get(name, str(getattr(paper, name)))
+        assert row and row.groups() == (expected, str(value)), name
 
 
-def test_the_patches_in_a_picture_are_drawn_as_the_method_draws_them(monkeypatch):
-    class Drawn(Exception):
-        pass
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_are_there(page):
+    found = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert all((page.parent / link).exists() for link in found if not link.startswith("http"))
 
-    def sample_patches(rows, columns, size, augmentation, generator):
-        raise Drawn(columns, augmentation)
-    monkeypatch.setattr(empssl, "sample_patches", sample_patches)
-    config, data = baselines.Config(method="byol", augmentation="byol", patch_size=16), io.load_dataset("shapes")
-    with pytest.raises(Drawn) as drawn:
-        report.draw_patches(None, dataclasses.asdict(config), data, None)
-    assert drawn.value.args == (12, baselines.views(config, 32, 32) * 6)
-    with pytest.raises(Drawn) as drawn:
-        report.draw_patches(None, dataclasses.asdict(empssl.Config(augmentation="light", patch_size=16)), data, None)
-    assert drawn.value.args == (12, empssl.augmentations(empssl.Config(augmentation="light"), 32, 32)[0])
+
+def test_what_the_pages_name_is_there():
+    """Functions and classes in the README's table, files in CONTRIBUTING.md's."""
+    named = re.search(r"\| to find in `empssl.py`.*?\n\n", README, re.S).group(0)
+    names = [name for name in re.findall(r"`(\w+)`", named) if name != "empssl"]
+    assert len(names) > 10 and all(hasattr(empssl, name) for name in names)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = re.findall(r"`((?:\w+/)+[\w.]*)`", text) + re.findall(r"`(\w+\.py)`", text)
+    places = [ROOT, ROOT / "tests"]
+    assert all(any((place / file).exists() for place in places) for file in files), files
+
+
+def test_the_readmes_tables_are_those_of_the_records():
+    assert tables.with_tables(README) == README
+
+
+def test_what_cannot_be_resumed_is_not_promised():
+    """The flags that docs/running.md lets change beside --resume are those that may."""
+    page = " ".join((ROOT / "docs" / "running.md").read_text().split())
+    sentence = re.search(r"((?:`--[\w-]+`(?:, | and )?)+) may change", page).group(1)
+    fields = [flag[2:].replace("-", "_") for flag in re.findall(r"--[\w-]+", sentence)]
+    for name in empssl.Config.__dataclass_fields__:
+        if name in fields or name == "resume":
+            continue
+        with pytest.raises(ValueError, match="leave --"):
+            resumed_settings(empssl.Config, {"resume": "runs/none", name: 1})
+    for name in fields:
+        with pytest.raises(ValueError, match="There is no run"):
+            resumed_settings(empssl.Config, {"resume": "runs/none", name: 1})

@@ -1,4 +1,4 @@
-"""Run by torchrun, in each process: train, and write what this process has seen and come to. See test_survival.py."""
+"""Run by torchrun, in each process: train, and write what this process has come to."""
 
 import sys
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 import empssl
-import empssl_io as io
+from empssl_support.processes import from_first, join_processes, leave_processes, rank
 
 
 class Plain(empssl.Encoder):
@@ -19,28 +19,50 @@ class Plain(empssl.Encoder):
         self.project = nn.Linear(12, 8)
 
 
-def training(steps: int = 1) -> dict:
+class Watching(empssl.Objective):
+    """EMP-SSL's objective, which keeps what it was called with."""
+
+    def __init__(self, lam):
+        super().__init__(lam)
+        self.losses = []
+        self.patches = []
+
+    def forward(self, z, x, index):
+        loss, terms = super().forward(z, x, index)
+        self.losses.append(loss.item())
+        self.patches.append(x)
+        return loss, terms
+
+
+def training(steps: int) -> dict:
     torch.manual_seed(0)
-    encoder, gradients, losses, seen = Plain(), [], [], []
+    encoder, objective, gradients = Plain(), Watching(lam=2.0), []
     images = torch.randint(0, 256, (8 * steps, 3, 32, 32), dtype=torch.uint8)
-    config = empssl.Config(patches=3, batch=8, patch_size=16, lr=0.1, lam=2.0, precision="float32")
-    step, loss, cut = empssl.LARS.step, empssl.empssl_loss, empssl.cut
-    empssl.LARS.step = lambda self: gradients.append([p.grad.clone() for p in encoder.parameters()]) or step(self)
-    empssl.empssl_loss = lambda *a: losses.append(loss(*a)) or losses[-1]
-    empssl.cut = lambda *a: seen.append(cut(*a)) or seen[-1]
-    empssl.train(encoder, images, config, empssl.Augmentation())
-    empssl.LARS.step, empssl.empssl_loss, empssl.cut = step, loss, cut
+    config = empssl.Config(patches=3, batch=8, patch_size=16, lr=0.1, precision="float32")
+
+    step = empssl.LARS.step
+
+    def keep_gradients(optimizer):
+        gradients.append([p.grad.clone() for p in encoder.parameters()])
+        step(optimizer)
+
+    empssl.LARS.step = keep_gradients
+    empssl.train(encoder, images, config, empssl.Augmentation(), objective)
+    empssl.LARS.step = step
     h = empssl.embed(encoder, images, patches=4)
     y = torch.arange(len(h)) % 2
-    torch.manual_seed(1)
-    random = torch.randn(300, 7), torch.randint(0, 9, (300,)), torch.randn(300, 7), torch.randint(0, 9, (300,))
-    return {"gradients": gradients, "losses": [x.item() for x in losses], "seen": seen, "features": h,
-            "weights": [p.detach() for p in encoder.parameters()], "knn": empssl.knn_probe(h, y, h, y, k=3),
-            "linear": empssl.linear_probe(*random, epochs=5)}
+    return {
+        "losses": objective.losses,
+        "patches": objective.patches,
+        "gradients": gradients,
+        "weights": [p.detach() for p in encoder.parameters()],
+        "features": h,
+        "knn": from_first(lambda: empssl.knn_probe(h, y, h, y, k=3)),
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    io.join_processes("cpu")
-    torch.save(training(steps=3), f"{sys.argv[1]}/{io.rank()}.pt")
-    io.leave_processes()
+    join_processes("cpu")
+    torch.save(training(steps=3), f"{sys.argv[1]}/{rank()}.pt")
+    leave_processes()

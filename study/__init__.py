@@ -1,0 +1,1 @@
+"""Everything that measures. Not installed, and nothing else imports it."""

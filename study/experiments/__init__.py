@@ -1,0 +1,1 @@
+"""Accuracy: one command a table, and the tables."""

@@ -1,0 +1,81 @@
+"""The records of study/results/: one .jsonl file a table, one line a run.
+
+A record is a JSON object. Its `name` is the recipe's, the same for every seed. What was measured
+is in its `metrics`, where it came from in the fields of `PROVENANCE`, and the settings of the run
+stand beside them. A record with `"features": "maps"` was probed in an older way: on features of
+the whole image, averaged in eight regions, where a record without that field was probed on a 4x4
+grid of crops, each encoded apart.
+"""
+
+import json
+import os
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+# What each line must have.
+PROVENANCE = ("name", "command", "commit", "versions", "hardware", "seed", "started", "metrics")
+
+
+def read(name: str) -> list[dict]:
+    """The records of study/results/<name>.jsonl, in the file's order; none if there is no file."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keep(name: str, record: dict) -> None:
+    """Write `record` to study/results/<name>.jsonl, in place of the line of its name and seed.
+
+    The file is replaced in one act, so whoever reads it finds the old lines or the new ones,
+    whenever this is cut off.
+    """
+    records = read(name)
+    same = [i for i, old in enumerate(records) if identity(old) == identity(record)]
+    if same:
+        records[same[0]] = record
+    else:
+        records.append(record)
+    path = RESULTS / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "w") as out:
+            out.writelines(json.dumps(record) + "\n" for record in records)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def identity(record: dict) -> tuple[str, int]:
+    """What tells a run from every other of its table."""
+    return record["name"], record["seed"]
+
+
+def mean_and_deviation(records: list[dict], key: str) -> tuple[float, float | None]:
+    """Mean of a metric over records, and its standard deviation (of a sample: over n - 1).
+
+    One record has no deviation: None.
+    """
+    values = [record["metrics"][key] for record in records]
+    if len(values) == 1:
+        return values[0], None
+    return statistics.mean(values), statistics.stdev(values)
+
+
+def by_key(records: list[dict], key: str) -> dict[str, list[dict]]:
+    """Records that share a field, in the order in which they were first met."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record[key], []).append(record)
+    return groups
+
+
+def paired(runs: list[dict], others: list[dict]) -> list[tuple[dict, dict]]:
+    """Runs of two recipes, seed by seed, where both have the seed."""
+    of_seed = {r["seed"]: r for r in others}
+    return [(r, of_seed[r["seed"]]) for r in runs if r["seed"] in of_seed]

@@ -1,0 +1,399 @@
+"""A folder's images: finding them, reading any kind, and the cache that they are decoded into."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from empssl_support import images
+from empssl_support.cli import UsageError
+from empssl_support.images import CACHE, decode_once, open_cache, walk
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def picture(path, value=0, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size[1], size[0], 3), value, np.uint8)).save(path)
+
+
+def brightness(pixels):
+    return pixels.float().mean((1, 2, 3)).round().int().tolist()
+
+
+def decode(folder, size=None):
+    """All images below `folder`, and their files' names."""
+    files = walk(folder)
+    splits, _ = decode_once(folder, {"train": files, "test": []}, size)
+    assert splits["test"].images is None
+    found, rows = splits["train"]
+    return found, [files[row].name for row in rows]
+
+
+def forbid_decoding(monkeypatch):
+    monkeypatch.setattr(images, "read_image", lambda *_: pytest.fail("decoded again"))
+
+
+@pytest.fixture
+def folder(in_tmp):
+    """Five images; each one's brightness names it."""
+    root = in_tmp / "images"
+    for i in range(5):
+        picture(root / f"{i}.png", 10 * i)
+    return root
+
+
+FIVE = [0, 10, 20, 30, 40]
+
+
+# ---- finding files ----
+
+
+def test_files_are_found_in_order_and_hidden_ones_are_not(in_tmp):
+    names = ["b/1.png", "b/0.PNG", "a.jpeg", "B/x/y.webp", "c.txt", ".d.png", ".e/f.png", "png"]
+    for name in names:
+        (in_tmp / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (in_tmp / "set" / name).touch()
+    found = [str(file.relative_to(in_tmp / "set")) for file in walk(in_tmp / "set")]
+    assert found == ["B/x/y.webp", "a.jpeg", "b/0.PNG", "b/1.png"]
+
+
+def test_linked_folders_are_followed_once(folder, in_tmp):
+    picture(in_tmp / "elsewhere" / "9.png", 90)
+    os.symlink(in_tmp / "elsewhere", folder / "linked")
+    os.symlink(folder, folder / "loop")
+    assert [file.name for file in walk(folder)] == [*(f"{i}.png" for i in range(5)), "9.png"]
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(folder, monkeypatch):
+    picture(folder / "secret" / "5.png")
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match="secret"):
+        walk(folder)
+
+
+# ---- reading an image ----
+
+
+def test_the_first_readable_image_gives_the_size_up_to_224(in_tmp):
+    (in_tmp / "a").mkdir()
+    (in_tmp / "a" / "0.png").write_bytes(b"not an image")
+    for i in range(1, 120):
+        picture(in_tmp / "a" / f"{i:03}.png", size=(12, 7) if i == 1 else (9, 20))
+    assert decode(in_tmp / "a")[0].shape == (119, 3, 7, 7)
+    picture(in_tmp / "b" / "0.png", size=(500, 300))
+    assert decode(in_tmp / "b")[0].shape == (1, 3, 224, 224)
+
+
+def test_nothing_that_can_be_read(in_tmp):
+    (in_tmp / "0.png").write_bytes(b"not an image")
+    with pytest.raises(UsageError, match="None of the 1 image files can be read.*0.png"):
+        decode(in_tmp)
+
+
+def test_the_centre_is_cut_out_and_the_shorter_side_resized(in_tmp):
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 200  # the middle third of a wide image
+    (in_tmp / "wide").mkdir()
+    Image.fromarray(pixels).save(in_tmp / "wide" / "a.png")
+    assert brightness(decode(in_tmp / "wide")[0]) == [200]
+    small, _ = decode(in_tmp / "wide", size=5)
+    assert small.shape == (1, 3, 5, 5)
+    assert small.float().mean() > 180
+
+
+def test_images_are_turned_as_the_camera_says_and_floats_are_refused(in_tmp, capsys):
+    for i in range(120):
+        picture(in_tmp / "set" / f"{i:03}.png", size=(20, 20))
+    dark_above = np.array([[0], [250]], np.uint8).repeat(20, 0).repeat(40, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(dark_above).save(in_tmp / "set" / "aa.png", exif=exif)
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(in_tmp / "set" / "ab.tif")
+    found, names = decode(in_tmp / "set", size=20)
+    turned = found[names.index("aa.png")].float()
+    assert turned[:, :8].mean() > 240
+    assert turned[:, 12:].mean() < 10
+    assert "ab.tif" not in names
+    assert "ab.tif (its pixels are floating-point" in capsys.readouterr().out
+
+
+def test_other_pixel_formats_and_names(in_tmp):
+    (in_tmp / "modes").mkdir()
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        ending = "jpg" if mode == "CMYK" else "png"
+        grey = Image.new("RGB", (16, 16), (200, 200, 200))
+        grey.convert(mode).save(in_tmp / "modes" / f"é {mode}.{ending}")
+    found, _ = decode(in_tmp / "modes")
+    assert len(found) == 5
+    assert min(brightness(found)) > 150
+
+
+def test_strange_images(in_tmp, capsys):
+    folder = in_tmp / "ünïcode 图片"
+    for i in range(400):
+        picture(folder / f"{i:04}.png", i % 250, size=(32, 32))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "whole.jpg")
+    (folder / "bad-truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:600])
+    (folder / "bad-empty.png").write_bytes(b"")
+    (folder / "bad-text.jpg").write_text("this is no image\n" * 50)
+    (folder / "notes.txt").write_text("no image, and not called one")
+    Image.fromarray(np.full((40, 40), 200 * 257, np.uint16)).save(folder / "sixteen.png")
+    Image.fromarray(noise).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise).convert("P").save(folder / "palette.png", transparency=0)
+    Image.new("RGB", (1, 1), (9, 99, 199)).save(folder / "one.png")
+    Image.new("RGB", (10_000, 8), (10, 20, 30)).save(folder / "wide.png")
+    frames = [Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in (250, 10)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    os.symlink(folder, folder / "loop")
+    os.symlink(folder / "nowhere.png", folder / "dangling.png")
+
+    found, names = decode(folder, size=32)
+    assert len(names) == len(set(names)) == len(found) == 407
+    assert not [name for name in names if name.startswith(("bad", "notes", "dangling"))]
+    told = "".join(capsys.readouterr())
+    for bad in ("bad-truncated.jpg", "bad-empty.png", "bad-text.jpg", "dangling.png", "4 of 411"):
+        assert bad in told
+
+    def colour(name):
+        return found[names.index(name)].float().mean((1, 2)).round().tolist()
+
+    assert colour("sixteen.png") == [200, 200, 200]
+    assert colour("one.png") == [9, 99, 199]
+    assert colour("wide.png") == [10, 20, 30]
+    assert colour("animated.gif")[0] > 240  # the first frame
+
+
+# ---- images that cannot be read ----
+
+
+def test_an_unreadable_image_is_named_skipped_and_counted(in_tmp, capsys):
+    for i in range(150):
+        picture(in_tmp / "many" / f"{i:03}.png", i, size=(4, 4))
+    (in_tmp / "many" / "007.png").write_bytes(b"not an image")
+    found, names = decode(in_tmp / "many")
+    assert brightness(found) == [i for i in range(150) if i != 7]
+    assert "007.png" not in names
+    told = "".join(capsys.readouterr())
+    assert "007.png" in told
+    assert "1 of 150" in told
+
+
+def test_many_images_keep_their_files(in_tmp):
+    for i in range(1100):
+        picture(in_tmp / "many" / f"{i:04}.png", i % 250, size=(2, 2))
+    for bad in (7, 1060):
+        (in_tmp / "many" / f"{bad:04}.png").write_bytes(b"not an image")
+    found, names = decode(in_tmp / "many")
+    left = [i for i in range(1100) if i not in (7, 1060)]
+    assert names == [f"{i:04}.png" for i in left]
+    assert brightness(found) == [i % 250 for i in left]
+
+
+def test_more_than_one_per_cent_unreadable_stops(folder):
+    for i in range(5, 8):
+        picture(folder / f"{i}.png")
+    (folder / "0.png").write_bytes(b"not an image")
+    with pytest.raises(UsageError, match="1 of 8 images cannot be read"):
+        decode(folder)
+    assert not list(CACHE.glob("*"))  # nothing half-written stays
+
+
+def test_one_per_cent_of_both_splits_together_is_allowed(in_tmp):
+    for i in range(200):
+        picture(in_tmp / "set" / f"{i:03}.png", i, size=(4, 4))
+    for bad in ("100.png", "150.png"):
+        (in_tmp / "set" / bad).write_bytes(b"")
+    files = walk(in_tmp / "set")
+    split = {"train": files[:100], "test": files[100:]}  # 2 % of the test images alone
+    splits, _ = decode_once(in_tmp / "set", split, 4)
+    assert brightness(splits["train"].images) == list(range(100))
+    assert splits["test"].rows == [row for row in range(100) if row not in (0, 50)]
+    assert brightness(splits["test"].images) == [100 + row for row in splits["test"].rows]
+
+
+def test_a_split_of_which_nothing_can_be_read(in_tmp):
+    for i in range(300):
+        picture(in_tmp / "set" / f"{i}.png", size=(4, 4))
+    (in_tmp / "set" / "bad.png").write_bytes(b"")
+    files = walk(in_tmp / "set")
+    bad = files.pop()
+    for _ in range(2):  # decoded, then from the cache
+        with pytest.raises(UsageError, match="No image of the test split.*bad.png"):
+            decode_once(in_tmp / "set", {"train": files, "test": [bad]}, 4)
+
+
+# ---- the cache ----
+
+
+def test_the_cache_is_used_and_dropped_when_a_file_changes(folder, monkeypatch):
+    files = {"train": walk(folder), "test": []}
+    first, key = decode_once(folder, files, None)
+    with monkeypatch.context() as patch:
+        forbid_decoding(patch)
+        again, same_key = decode_once(folder, files, None)
+    assert torch.equal(first["train"].images, again["train"].images)
+    assert key == same_key
+    picture(folder / "0.png", 77)
+    os.utime(folder / "0.png", (1, 1))
+    changed, other_key = decode_once(folder, files, None)
+    assert brightness(changed["train"].images) == [77, *FIVE[1:]]
+    assert other_key != key
+    assert len(list(CACHE.iterdir())) == 1  # the stale one is gone
+
+
+def test_a_file_more_or_less_is_a_change(folder):
+    decode(folder)
+    picture(folder / "5.png", 50)
+    assert brightness(decode(folder)[0]) == [*FIVE, 50]
+    (folder / "0.png").unlink()
+    assert brightness(decode(folder)[0]) == [*FIVE[1:], 50]
+    assert len(list(CACHE.iterdir())) == 1
+
+
+def test_each_size_has_a_cache_of_its_own(folder, monkeypatch):
+    files = {"train": walk(folder), "test": []}
+    _, key = decode_once(folder, files, 10)
+    _, other_key = decode_once(folder, files, 20)
+    assert key != other_key  # what is cached about the images depends on their size too
+    forbid_decoding(monkeypatch)
+    assert decode(folder, 10)[0].shape == (5, 3, 10, 10)
+    assert decode(folder, 20)[0].shape == (5, 3, 20, 20)
+
+
+def test_folders_of_one_name_have_caches_of_their_own(in_tmp, monkeypatch):
+    places = [in_tmp / place / "images" for place in ("a", "b")]
+    for i, place in enumerate(places):
+        picture(place / "0.png", 100 * i)
+        decode(place)
+    forbid_decoding(monkeypatch)
+    assert [brightness(decode(place)[0]) for place in places] == [[0], [100]]
+
+
+def test_a_cache_cut_short_is_decoded_again(folder):
+    decode(folder)
+    (cached,) = CACHE.glob("*/train.u8")
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert brightness(decode(folder)[0]) == FIVE
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damage=st.binary(max_size=300),
+    where=st.sampled_from(["meta.json", "train.u8"]),
+    cut=st.booleans(),
+)
+def test_damaged_caches_are_decoded_again(damage, where, cut, folder):
+    files = {"train": walk(folder), "test": []}
+    _, key = decode_once(folder, files, None)
+    (cached,) = CACHE.glob(f"images-*/{where}")
+    content = cached.read_bytes()
+    if where == "train.u8":
+        cached.write_bytes(content[: len(damage)])
+    else:
+        cached.write_bytes(content[: len(content) // 2] if cut else damage)
+    again, same_key = decode_once(folder, files, None)
+    assert brightness(again["train"].images) == FIVE
+    assert same_key == key
+
+
+@pytest.mark.parametrize("meta", ["{}", "[]", '{"train": 5, "test": []}', '{"train": [0, 1]}'])
+def test_a_cache_that_says_something_else_is_decoded_again(meta, folder):
+    decode(folder)
+    (cached,) = CACHE.glob("*/meta.json")
+    cached.write_text(meta)
+    assert brightness(decode(folder)[0]) == FIVE
+
+
+def test_an_interrupted_decoding_leaves_nothing(folder, monkeypatch):
+    read = images.read_image
+
+    def interrupted(file, size):
+        if file.name == "3.png":
+            raise KeyboardInterrupt
+        return read(file, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read_image", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decode(folder)
+    assert not list(CACHE.glob("*"))
+    assert brightness(decode(folder)[0]) == FIVE
+
+
+def test_the_cache_of_another_process_that_was_quicker_will_do(folder, monkeypatch):
+    decode(folder)
+    (cache,) = CACHE.iterdir()
+    shutil.move(cache, "aside")
+    read = images.read_image
+
+    def overtaken(file, size):
+        if file.name == "0.png":
+            shutil.copytree("aside", cache)
+        return read(file, size)
+
+    monkeypatch.setattr(images, "read_image", overtaken)
+    assert brightness(decode(folder)[0]) == FIVE
+    assert list(CACHE.iterdir()) == [cache]
+
+
+def test_what_a_killed_decoding_left_is_cleared_away_later(folder):
+    for name, age in (("old", 7200), ("new", 60)):
+        scratch = CACHE / f".decoding-{name}"
+        scratch.mkdir(parents=True)
+        (scratch / "train.u8").write_bytes(b"some")
+        for path in (scratch / "train.u8", scratch):
+            os.utime(path, (time.time() - age,) * 2)
+    decode(folder)
+    assert [path.name for path in CACHE.glob(".decoding-*")] == [".decoding-new"]
+
+
+# ---- memory ----
+
+
+def anonymous_memory():
+    """Bytes of this process that are no file's: the page cache of a mapped file does not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("the kernel does not say")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_memory_mapped_data_set_is_not_read_into_memory(folder):
+    """1.2 GB, which take no room on the disk, gathered batch by batch as training does."""
+    decode(folder)
+    (cache,) = CACHE.iterdir()
+    N, side, b = 6_000, 256, 200
+    os.truncate(cache / "train.u8", N * 3 * side * side)
+    (cache / "meta.json").write_text(f'{{"train": {list(range(N))}, "test": []}}')
+    pixels, _ = open_cache(cache, side)["train"]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split() for line in maps if line.endswith("train.u8")]
+    assert mapped
+    assert not any("w" in permissions for _, permissions, *_ in mapped)
+
+    before = anonymous_memory()
+    order = torch.randperm(N)
+    read, peak = 0, 0
+    for index in order.split(b):
+        batch = pixels[index]
+        read += len(batch)
+        peak = max(peak, anonymous_memory())
+    assert read == N
+    assert peak - before < 3e8
