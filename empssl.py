@@ -230,15 +230,18 @@ def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmen
 
 
 def sample_patches(
-    b: int, n: int, image_size: tuple[int, int], augmentation, generator=None
+    b: int,
+    n: int,
+    image_size: tuple[int, int],
+    augmentation: Augmentation | list[Augmentation],
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw what describes n patches of each of b images of `image_size` (H, W).
 
     Returns float32 `(n, b, K)` on the CPU, with columns as in `empssl_support.pixels.COLUMNS`. What
     does not act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of
     whole pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut
-    to the image, where torchvision draws again. `augmentation` is an `Augmentation`, or a list of
-    one for each patch; `generator` a torch.Generator.
+    to the image, where torchvision draws again. A list holds one augmentation for each patch.
     """
     if isinstance(augmentation, list):
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
@@ -290,9 +293,9 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     even = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
     down = even.repeat_interleave(k).view(n, 1)
     across = even.repeat(k).view(n, 1)
-    top, left, height, width = params[..., :4].unbind(-1)  # (n, b), and they are views
-    top.copy_((down * (H - height)).round())
-    left.copy_((across * (W - width)).round())
+    height, width = params[..., 2], params[..., 3]  # (n, b)
+    params[..., 0] = (down * (H - height)).round()  # top
+    params[..., 1] = (across * (W - width)).round()  # left
     return params
 
 
@@ -331,11 +334,13 @@ class Encoder(nn.Module):
             self.backbone, width = small_backbone(drop_last_stage)
         else:
             raise ValueError(f"There is no backbone {backbone!r}; choose resnet18 or small.")
+        # The representation, which is what gets probed: 4096 features in the paper.
         self.represent = nn.Sequential(
             nn.Linear(width, hidden),
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
         )
+        # The projector serves training alone.
         self.project = nn.Sequential(
             nn.Linear(hidden, projector),
             nn.BatchNorm1d(projector),
@@ -641,12 +646,13 @@ def embed(
         with autocast(device, precision):
             h = encoder.representation(x)
         h = h.float().unflatten(0, (patches, -1))  # (n, b, hidden)
+
+        # The mean over its patches is an image's bag of patches.
         if quadrants:
             h = h.unflatten(0, (2, k // 2, 2, k // 2)).mean((1, 3))  # (2, 2, b, hidden)
-            bag = h.permute(2, 0, 1, 3).flatten(1)  # (b, 4 * hidden)
+            features[index] = h.permute(2, 0, 1, 3).flatten(1)  # (b, 4 * hidden)
         else:
-            bag = h.mean(0)  # (b, hidden)
-        features[index] = bag
+            features[index] = h.mean(0)  # (b, hidden)
     return sum_over_processes(features)
 
 
@@ -826,8 +832,16 @@ def launch(config: Config, method=method) -> dict:
     keep_freed_memory()
     join_processes(config.device)
     data = first_process_first(lambda: load_data(config))
-    if config.checkpoint and not config.eval_only:
+
+    # What cannot work is refused here, before anything is written.
+    training = not (config.checkpoint or config.eval_only)
+    if training:
+        encoder, augmentation, objective = method(config, data)
+    elif config.checkpoint:
         encoder = load(config.checkpoint, config.device)
+    else:
+        encoder = untrained_encoder(config, data.train_images)
+    if config.checkpoint and not config.eval_only:
         train, test = features_of_splits(encoder, data, config)
         export(config.export_features, train, test, data)
         return {}
@@ -837,14 +851,9 @@ def launch(config: Config, method=method) -> dict:
     with RunFolder(run_path(config), about, bool(config.resume), config.force) as folder:
         if record := folder.finished():
             return record
-        if config.checkpoint:
-            encoder = load(config.checkpoint, config.device)
-            record = {"checkpoint": config.checkpoint}
-        elif config.eval_only:
-            encoder = untrained_encoder(config, data.train_images)
-            record = {}
-        else:
-            encoder, record = train_in(folder, config, data, method)
+        record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
+        if training:
+            record = train_in(folder, config, data, encoder, augmentation, objective)
         return folder.finish(record | results(folder, encoder, data, config))
 
 
@@ -862,20 +871,21 @@ def load_data(config: Config) -> Dataset:
     return to_device(data, config.device)
 
 
-def train_in(folder: RunFolder, config: Config, data: Dataset, method) -> tuple[Encoder, dict]:
-    encoder, augmentation, objective = method(config, data)
+def train_in(
+    folder: RunFolder, config: Config, data: Dataset, encoder: Encoder, augmentation, objective
+) -> dict:
+    """Train, with what is logged and saved in the run's folder."""
     announce(config, data.train_images)
     from_first(lambda: keep_some_patches(folder, data.train_images, augmentation, config))
     probed = probed_epochs(config.probe_epochs)
 
     def at_epoch_end(epoch: int) -> dict:
-        if epoch in probed and epoch < config.epochs and data.test_labels is not None:
+        if epoch in probed and data.test_labels is not None:
             return probe(*features_of_splits(encoder, data, config), data)
         return holdout_knn(encoder, data, config)
 
     run = Run(folder, config.save_every, at_epoch_end)
-    record = train(encoder, data.train_images, config, augmentation, objective, run)
-    return encoder, record
+    return train(encoder, data.train_images, config, augmentation, objective, run)
 
 
 def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) -> dict:

@@ -10,12 +10,12 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-import test_ops
 import torch
-from test_patches import one
 
+import test_ops
 from empssl import Augmentation, sample_patches
 from empssl_support import ops
+from test_patches import one
 
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 pytestmark = pytest.mark.skipif(

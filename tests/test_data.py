@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from test_images import brightness, picture
 
 from empssl_support.cli import UsageError
 from empssl_support.data import DATASETS, load_dataset, to_device
+from test_images import brightness, picture
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import empssl_io as io      # noqa: E402
-import evidence             # noqa: E402
-import report               # noqa: E402
-import speed                # noqa: E402
+import empssl_io as io  # noqa: E402
+import evidence  # noqa: E402
+import report  # noqa: E402
+import speed  # noqa: E402
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_loss import paper_coding_rate
-from test_patches import NEUTRAL, one, patch
 
 import empssl
 from empssl import Augmentation, coding_rate, extract_patches_ref, sample_patches
 from empssl_support import ops
 from empssl_support.ops import logdet_spd_ref
 from empssl_support.pixels import COLUMNS, K
+from test_loss import paper_coding_rate
+from test_patches import NEUTRAL, one, patch
 
 pytestmark = pytest.mark.skipif(ops._empssl is None, reason="the compiled module is not installed")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()

@@ -27,7 +27,9 @@ class BYOL(Objective):
     The target's momentum goes from 0.99 to 1 in `steps`.
     """
 
-    def __init__(self, encoder: Views, dim: int, hidden: int, steps: int, precision="float32"):
+    def __init__(
+        self, encoder: Views, dim: int, hidden: int, steps: int, precision: str = "float32"
+    ):
         super().__init__()
         self.predict = nn.Sequential(
             nn.Linear(dim, hidden),

@@ -53,3 +53,6 @@ class ReSSL(Objective):
         guess = F.log_softmax(student @ self.queue.T / self.temperature, 1)
         self.queue = torch.cat([teacher, self.queue])[: len(self.queue)]
         return -(wanted * guess).sum(1).mean()
+
+    def encoded(self, z: Tensor) -> Tensor:
+        return z[:1]  # the strong view

@@ -5,6 +5,8 @@ a second phase, --warm-last-stage, in which the last stage is trained on top of 
 none: without labels here, where the authors' code warms it up with them.
 """
 
+import torch
+
 import empssl
 from empssl_support.cli import UsageError
 from empssl_support.files import read_encoder
@@ -14,7 +16,8 @@ def with_last_stage(encoder: empssl.Encoder, path: str, resumed: bool = False) -
     """Fill the earlier stages of `encoder` from an encoder.pt, and freeze them.
 
     Their BatchNorms' averages are frozen too; the rest is left to train. Where the run is resumed
-    its checkpoint has the weights.
+    its checkpoint has the weights. Raises `UsageError` where `encoder` has no last stage, or the
+    file's one has.
     """
     how = encoder.architecture
     if how["drop_last_stage"]:
@@ -22,7 +25,8 @@ def with_last_stage(encoder: empssl.Encoder, path: str, resumed: bool = False) -
             "--warm-last-stage adds the last stage and --drop-last-stage leaves it out; "
             "give one of them."
         )
-    below = empssl.Encoder(**how | {"drop_last_stage": True}).backbone.state_dict()
+    with torch.device("meta"):  # only its names and shapes are needed, no weights
+        below = empssl.Encoder(**how | {"drop_last_stage": True}).backbone.state_dict()
     for name, parameter in encoder.backbone.named_parameters():
         parameter.requires_grad_(name not in below)
     for name, module in encoder.backbone.named_modules():

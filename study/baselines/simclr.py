@@ -26,13 +26,33 @@ PUBLISHED = {
 class SimCLR(Objective):
     """NT-Xent: tell each view's other view from the batch's other images.
 
-    `negatives`: from so many of them, drawn at each step (0: from all).
+    `negatives`: from so many of them, drawn at each step (0: from all). `noise`: the deviation of
+    Gaussian noise that is added to each view. `one_crop`: both views are the first one, so that
+    noise alone tells them apart.
     """
 
-    def __init__(self, temperature: float, negatives: int = 0, seed: int = 0):
+    def __init__(
+        self,
+        temperature: float,
+        negatives: int = 0,
+        noise: float = 0.0,
+        one_crop: bool = False,
+        seed: int = 0,
+    ):
         super().__init__(seed)
         self.temperature = temperature
         self.negatives = negatives
+        self.noise = noise
+        self.one_crop = one_crop
+
+    def prepare(self, x: Tensor) -> Tensor:
+        if self.one_crop:
+            first, _ = x.chunk(2)
+            x = torch.cat([first, first])
+        if self.noise:
+            noise = torch.randn(x.shape, generator=self.chance("noise"))
+            x = x + self.noise * noise.to(x)
+        return x
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
         _, b, _ = z.shape

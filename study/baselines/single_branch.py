@@ -1,14 +1,16 @@
 """Instance discrimination on a single branch (Cao & Wu, arXiv 2404.19289)."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import empssl
-from empssl import generator
-from study.baselines.common import Objective, Views
+from empssl import Augmentation, generator
+from study.baselines.common import Config, Objective, Views
 
 # The authors' code.
 PUBLISHED = {
@@ -45,22 +47,27 @@ class SingleBranch(Objective):
         w_k <- unit(m^[k is in the batch] w_k + (1 - m) sum_j (t_jk - p_jk) z_j).
 
     `start()`, called at the first step, gives features (N, d) of the untrained network, one forward
-    pass over the data ("feature calibrate"); None: the bank starts at random. `mixed()` is what
-    CutMix has just done to the batch, as `cut_mix` returns it.
+    pass over the data ("feature calibrate"); None: the bank starts at random.
     """
 
-    def __init__(self, config, N: int, start=None, mixed=None):
+    def __init__(self, config: Config, N: int, start: Callable[[], Tensor] | None = None):
         super().__init__(config.seed)
         chance = generator(config.seed, "bank", 0)
         bank = torch.randn(N, config.dim, generator=chance)
         self.register_buffer("bank", F.normalize(bank, dim=1))
         self.start = start
-        self.mixed = mixed
+        self.cutmix = config.cutmix
+        self.mixed = None  # the batch's partners and share, as cut_mix returns them
         self.temperature = config.temperature
         self.others = config.others
         self.distillation = config.distillation
         self.momentum = config.bank_momentum
         self.update = config.bank_update
+
+    def prepare(self, x: Tensor) -> Tensor:
+        if self.cutmix:
+            x, self.mixed = cut_mix(x, self.cutmix, self.chance("cutmix"))
+        return x
 
     def loss(self, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
         if self.calls == 0 and self.start:
@@ -83,11 +90,11 @@ class SingleBranch(Objective):
 
     def targets(self, b: int, rows: int) -> Tensor:
         """Whose each image is: `(b, rows)`, each row sums to 1."""
-        mixed = self.mixed() if self.mixed else None
-        partner, share = mixed or (torch.arange(b), 1.0)
+        own = torch.arange(b)
+        partner, share = self.mixed or (own, 1.0)
         t = torch.zeros(b, rows)
-        t[torch.arange(b), torch.arange(b)] += share
-        t[torch.arange(b), partner] += 1 - share
+        t[own, own] += share
+        t[own, partner] += 1 - share
         return t
 
     @torch.no_grad()
@@ -98,6 +105,34 @@ class SingleBranch(Objective):
         else:
             kept = torch.cat([m * w[:b], w[b:]])
             self.bank[rows] = F.normalize(kept + (1 - m) * (t - p).T @ z, dim=1)
+
+
+def cut_mix(x: Tensor, alpha: float, chance: torch.Generator) -> tuple[Tensor, tuple]:
+    """Paste a box of each image's partner over it, one box for the batch.
+
+    `(b, 3, s, s)` -> the same, and (partners (b,), share of the image that stayed). The share, at
+    least a half, is drawn from Beta(alpha, alpha).
+    """
+    b, _, h, w = x.shape
+    partner = torch.randperm(b, generator=chance)
+    # PyTorch draws from a Beta distribution without a generator only; NumPy's is seeded by it.
+    seed = int(torch.randint(2**31, (), generator=chance))
+    share = np.random.default_rng(seed).beta(alpha, alpha)
+    side = math.sqrt(min(share, 1 - share))  # of the box, in units of the image's
+    down, across = torch.rand(2, generator=chance).tolist()  # the middle of the box
+    top = border(down - side / 2, h)
+    bottom = border(down + side / 2, h)
+    left = border(across - side / 2, w)
+    right = border(across + side / 2, w)
+    box = x[partner.to(x.device), :, top:bottom, left:right]
+    x = x.clone()
+    x[:, :, top:bottom, left:right] = box
+    return x, (partner, 1 - (bottom - top) * (right - left) / (h * w))
+
+
+def border(place: float, side: int) -> int:
+    """The pixel at `place`, in units of the image's side, moved into the image."""
+    return round(min(max(place, 0), 1) * side)
 
 
 def sqrt_kl(cos: Tensor) -> Tensor:
@@ -111,17 +146,20 @@ def sqrt_kl(cos: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def untrained_features(encoder: Views, images: Tensor, config, augmentation) -> Tensor:
+def untrained_features(
+    encoder: Views, images: Tensor, config: Config, augmentation: Augmentation
+) -> Tensor:
     """One forward pass over the images, `(N, d)`, within the training's seconds.
 
     BatchNorm uses each batch's own statistics: it has no others.
     """
+    image_size = images.shape[2:]
+    device = torch.device(config.device)
     parts = []
     batches = torch.arange(len(images)).tensor_split(math.ceil(len(images) / config.batch))
     for i, index in enumerate(batches):
         chance = generator(config.seed, "calibrate", i)
-        params = empssl.sample_patches(len(index), 1, images.shape[2:], augmentation, chance)
-        device = torch.device(config.device)
+        params = empssl.sample_patches(len(index), 1, image_size, augmentation, chance)
         x = empssl.extract_patches(images, index, params, config.patch_size, device=device)
         parts.append(encoder.embedding(x))
     return torch.cat(parts)

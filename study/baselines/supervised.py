@@ -10,6 +10,8 @@ PUBLISHED = {"optimizer": "sgd", "eta": 0.0, "lr": 0.1, "weight_decay": 5e-4}
 
 
 class Supervised(Objective):
+    """`labels (N,)` int64, of all training images."""
+
     def __init__(self, labels: Tensor):
         super().__init__()
         self.labels = labels  # (N,)

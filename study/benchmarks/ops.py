@@ -1,0 +1,240 @@
+"""Verify each op, then time it against its peers in the same run.
+
+    python -m study.benchmarks.ops [--device cuda]
+
+Inputs take turns, so that no cache holds them. A peer that is not installed is left out and said.
+Figures to trust are the ratios within one run. The record is kept in study/results/ops.jsonl.
+"""
+
+import argparse
+import multiprocessing
+import random
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from PIL import ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2
+
+import empssl
+from empssl_support import ops
+from empssl_support.cli import one_sentence
+from empssl_support.machine import provenance
+from study.benchmarks.timing import median_seconds
+from study.experiments.records import keep
+
+
+def verify(what: str, ours: Tensor, exact: Tensor) -> None:
+    """Raise `ArithmeticError` where one value in 10,000 is off, relative to the largest.
+
+    A few may be: a pixel at solarize's threshold falls to either side.
+    """
+    right = (ours - exact).abs() <= 1e-5 * exact.abs().max()
+    off = 1 - right.double().mean().item()
+    if off > 1e-4:
+        raise ArithmeticError(f"{what} is wrong in {off:.2%} of its values: nothing is timed.")
+
+
+def rows_of(op: str, calls: dict, device: torch.device, **sizes) -> list[dict]:
+    """Time each `call(i)`, by its name."""
+    rows = []
+    for name, call in calls.items():
+        try:
+            seconds = median_seconds(call, device)
+        except RuntimeError as error:  # seen of MKL's batched LU; matrices too large for a GPU
+            print(f"{op:16} {name:40} fails: {str(error).splitlines()[0]}")
+            continue
+        print(f"{op:16} {name:40} {seconds * 1e3:12.3f} ms", flush=True)
+        rows.append({"op": op, "name": name, "seconds": seconds, **sizes})
+    return rows
+
+
+# ---- extract_patches ----
+
+
+def cutting(op, device, b, n, s, dtype=torch.float32, augmentation=None):
+    """A `call(i)` that cuts n patches of each of b images by `op`, of four batches by turns."""
+    augmentation = augmentation or empssl.Augmentation()
+    chance = empssl.generator(0, "benchmark", 0)
+    images = torch.randint(256, (4, b, 3, 32, 32), generator=chance).to(device, torch.uint8)
+    params = [empssl.sample_patches(b, n, (32, 32), augmentation, chance) for _ in range(4)]
+    params = torch.stack(params).to(device)  # (4, n, b, K)
+    index = torch.arange(b, device=device)
+
+    def call(i):
+        return op(images[i % 4], index, params[i % 4], s, dtype)
+
+    return call
+
+
+def bench_patches(device, b=100, n=20, s=32) -> list[dict]:
+    """The paper's augmentation."""
+    ours, reference = empssl.extract_patches, empssl.extract_patches_ref
+    exact = cutting(reference, device, b, 2, s, torch.float64)(0)
+    verify("extract_patches", cutting(ours, device, b, 2, s)(0), exact)
+    calls = {
+        "this op, float32": cutting(ours, device, b, n, s),
+        "this op, bfloat16": cutting(ours, device, b, n, s, torch.bfloat16),
+        "its PyTorch reference": cutting(reference, device, b, n, s),
+    }
+    batch = torch.rand(n * b, 3, 32, 32, device=device)
+    try:
+        kornia = kornia_pipeline(s)
+        calls["kornia"] = lambda i: kornia(batch)
+    except ImportError:
+        print("kornia is not installed: not measured")
+    rows = rows_of("extract_patches", calls, device, patches=n * b, s=s)
+
+    pipeline = torchvision_pipeline(s)
+    calls = {"torchvision v2, patch by patch": lambda i: [pipeline(x) for x in batch[:b]]}
+    rows += rows_of("extract_patches", calls, device, patches=b, s=s)
+
+    # torch.set_num_threads spoils batched LU (pytorch/pytorch#141358): in a process of its own.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as pool:
+        return rows + pool.submit(bench_patches_on_one_core, b, n, s).result()
+
+
+def bench_patches_on_one_core(b, n, s) -> list[dict]:
+    cpu = torch.device("cpu")
+    calls = {"this op, float32, one core": cutting(empssl.extract_patches, cpu, b, n, s)}
+    rows = rows_of("extract_patches", calls, cpu, patches=n * b, s=s)
+    pictures = [v2.functional.to_pil_image(torch.rand(3, 32, 32)) for _ in range(b)]
+    pipeline = torchvision_pipeline(s, on_pil=True)
+    name = "PIL, the official pipeline, one core"
+    calls = {name: lambda i: [pipeline(picture) for picture in pictures]}
+    return rows + rows_of("extract_patches", calls, cpu, patches=b, s=s)
+
+
+def torchvision_pipeline(s: int, on_pil: bool = False):
+    """On a float tensor or, as the official code has it, on a PIL picture."""
+    blur = v2.Lambda(pil_blur) if on_pil else v2.GaussianBlur(13, (0.1, 2.0))
+    threshold = 128 if on_pil else 128 / 255
+    steps = [
+        v2.RandomResizedCrop(s, scale=(0.25, 0.25), ratio=(1, 1)),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.2)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([blur], 0.1),
+        v2.RandomSolarize(threshold, 0.1),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * 3, [0.5] * 3),
+    ]
+    return v2.Compose(steps)
+
+
+def pil_blur(picture):
+    return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def kornia_pipeline(s: int):
+    import kornia.augmentation as K
+
+    return torch.nn.Sequential(
+        K.RandomResizedCrop((s, s), scale=(0.25, 0.25), ratio=(1.0, 1.0)),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.4, 0.4, 0.4, 0.2, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.1),
+        K.RandomSolarize(0.0, 0.0, p=0.1),
+    )
+
+
+def bench_common_part(device, b=100, n=200, s=16) -> list[dict]:
+    """What triton-augment does too, 20,000 patches.
+
+    A crop in its own size, flip, brightness, contrast, saturation, grey, normalise.
+    """
+    common = empssl.Augmentation(hue=0.0, blur=0.0, solarize=0.0)
+    ours = cutting(empssl.extract_patches, device, b, n, s, torch.bfloat16, common)
+    calls = {"this op, the common part, bfloat16": ours}
+    try:
+        from triton_augment import TritonFusedAugment
+
+        jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "grayscale_p": 0.2}
+        scale = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        theirs = TritonFusedAugment(crop_size=s, horizontal_flip_p=0.5, **jitter, **scale)
+        batch = torch.rand(n * b, 3, 32, 32, device=device).half()
+        calls["triton-augment, the common part, float16"] = lambda i: theirs(batch)
+    except ImportError:
+        print("triton-augment is not installed: not measured")
+    return rows_of("extract_patches", calls, device, patches=n * b, s=s)
+
+
+# ---- the coding rate, forward and backward ----
+
+
+def official_loop(z: Tensor, eps2: float = 0.2) -> Tensor:
+    n, b, d = z.shape
+    identity = torch.eye(d, dtype=z.dtype, device=z.device)
+    return sum(torch.logdet(identity + d / (b * eps2) * Z.T @ Z) for Z in z) / (2 * n)
+
+
+def small_cholesky(z: Tensor, eps2: float = 0.2) -> Tensor:
+    n, b, d = z.shape
+    L = torch.linalg.cholesky(torch.eye(b, device=z.device) + d / (b * eps2) * z @ z.mT)
+    return L.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+
+
+def with_gradient(rate, z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    R = rate(z)
+    R.backward()
+    return R.detach(), z.grad
+
+
+def bench_coding_rate(device, n, b=100, d=1024) -> list[dict]:
+    z = F.normalize(torch.randn(4, n, b, d, device=device), dim=-1)
+    ours = with_gradient(empssl.coding_rate, z[0, :2])
+    official = with_gradient(official_loop, z[0, :2].double())
+    for value, exact in zip(ours, official, strict=True):
+        verify("coding_rate", value, exact)
+
+    def call(rate):
+        return lambda i: with_gradient(rate, z[i % 4])
+
+    calls = {
+        "this op": call(empssl.coding_rate),
+        "torch.linalg.cholesky, small side": call(small_cholesky),
+        "official loop, d x d": call(official_loop),
+    }
+    return rows_of("coding_rate", calls, device, n=n, b=b, d=d)
+
+
+# ---- logdet_spd ----
+
+
+def bench_logdet(device, k) -> list[dict]:
+    """20 matrices of k rows, by the op and by LAPACK or cuSOLVER: where do they catch up?"""
+    X = torch.randn(20, k, k, device=device)
+    A = X @ X.mT / k + torch.eye(k, device=device)
+    for ours, exact in zip(empssl.logdet_spd(A), ops.logdet_spd_ref(A.double()), strict=True):
+        verify("logdet_spd", ours, exact)
+    calls = {
+        f"this op, {k} rows": lambda i: empssl.logdet_spd(A),
+        f"torch.linalg, {k} rows": lambda i: ops.logdet_spd_ref(A),
+    }
+    return rows_of("logdet_spd", calls, device, k=k)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Verify each op, then time it and its peers.")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=default)
+    device = parser.parse_args(argv).device
+    on_gpu = device.type == "cuda"
+    print(*ops.describe(device, 32, 100), sep="\n")
+    rows = bench_patches(device) + bench_coding_rate(device, 200 if on_gpu else 20)
+    if on_gpu:
+        rows += bench_common_part(device)
+    for k in (32, 100, 256, 500):
+        rows += bench_logdet(device, k)
+    record = {"name": f"ops-{device.type}", "seed": 0, "metrics": {"rows": rows}}
+    keep("ops", record | provenance(str(device)))
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,33 @@
+"""The README's figures, by preset laptop on a CPU: python -m study.experiments.laptop
+
+Ten minutes, the same with all labels, an hour, and `shapes`, on two cores. Records are kept in
+laptop.jsonl and shapes.jsonl.
+"""
+
+from empssl_support.cli import one_sentence
+from study.experiments.runs import Recipe, flags, start_all
+
+
+def main(argv: list[str] | None = None) -> None:
+    about = "Ten minutes, the same with all labels, an hour; and shapes."
+    typed = flags(about, "data/cifar10-jpeg").parse_args(argv)
+    preset = "--preset laptop --device cpu"
+    bench = f"--dataset imagefolder --data-dir {typed.data_dir} {preset}"
+    recipes = []
+    for seed in range(typed.seeds):
+        supervised = f"{bench} --epochs 2 --method supervised"
+        recipes += [
+            Recipe("laptop", "ten-minutes", f"{bench} --epochs 2", seed),
+            Recipe("laptop", "ten-minutes-supervised", supervised, seed),
+        ]
+    recipes += [
+        # With the paper's augmentation, so that colour does not name them.
+        Recipe("shapes", "shapes", f"--dataset shapes {preset} --augmentation paper", 0),
+        Recipe("laptop", "an-hour", f"{bench} --epochs 12", 0),
+    ]
+    start_all(recipes)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,412 @@
+"""What measures: the commands that fill the tables, and benchmarks that verify before they time."""
+
+import json
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import empssl
+from empssl_support.cli import Stopped, UsageError, signals
+from empssl_support.settings import check_sizes
+from study.baselines.common import views
+from study.benchmarks import ops, step
+from study.experiments import laptop, paper, peers, records, runs, tables, transfer
+from study.experiments.runs import Recipe
+
+CPU = torch.device("cpu")
+DEMO = "--dataset shapes --preset laptop --device cpu --epochs 1"
+TINY = "--patches 2 --batch 20 --patch-size 8 --hidden 16 --projector 16 --dim 8 --eval-patches 4"
+
+
+@pytest.fixture(autouse=True)
+def results(in_tmp, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", in_tmp / "results")
+    return in_tmp / "results"
+
+
+@pytest.fixture
+def stand_in(monkeypatch, in_tmp):
+    """Instead of the programs: write a run's folder as they do. Returns what was asked for."""
+    asked = []
+
+    def run(command):
+        arguments = command[command.index("-m") + 2 :] if "-m" in command else command[2:]
+        asked.append(arguments)
+        if arguments[0] != "--resume":
+            name = arguments[arguments.index("--name") + 1]
+            pretend(in_tmp / "runs" / name, arguments[: arguments.index("--name")])
+        return 0
+
+    monkeypatch.setattr(runs, "run", run)
+    return asked
+
+
+def pretend(folder, arguments):
+    """A finished run; what is seen in two views takes a quarter of the seconds."""
+    checkpoint = None
+    if "--checkpoint" in arguments:
+        checkpoint = arguments[arguments.index("--checkpoint") + 1]
+        arguments = arguments[: arguments.index("--checkpoint")]
+    words = " ".join(arguments)
+    at = arguments.index("--seed")
+    config = Recipe("", "", shlex.join(arguments[:at]), int(arguments[at + 1])).settings()
+    config.checkpoint = checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    # What a run has beside its settings.
+    about = {"commit": "c", "command": words, "hardware": "abacus", "started": "now"}
+    (folder / "config.json").write_text(json.dumps(vars(config) | about | {"versions": {}}))
+    last = {"linear_top1": 0.5, "knn_top1": 0.4, "probe_seconds": 3.0}
+    if not config.eval_only:
+        seconds = 25.0 if hasattr(config, "method") else 100.0
+        last |= {"train_seconds": seconds * config.epochs, "patches_seen": 6000}
+    lines = [{"step": 10, "loss": 1.0}, {"epoch": 1, "linear_top1": 0.3}, last]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ---- a run ----
+
+
+@pytest.mark.parametrize("method", ["", " --method simclr", " --method supervised"])
+def test_a_recipe_is_its_settings_with_the_presets_of_today(method, monkeypatch):
+    recipe = Recipe("demo", "demo", DEMO + method, 0)
+    stored = json.loads(json.dumps(vars(recipe.settings())))
+    assert recipe.is_of(stored | {"name": "other", "data_dir": "elsewhere", "force": True})
+    assert not recipe._replace(seed=1).is_of(stored)
+    assert not recipe._replace(flags=recipe.flags + " --lr 0.123").is_of(stored)
+    assert not recipe.is_of(stored | {"eval_augmentation": "maps"})
+    other = " --method vicreg" if method else " --method simclr"
+    assert not recipe._replace(flags=DEMO + other).is_of(stored)
+    monkeypatch.setitem(empssl.PRESETS["laptop"], "lam", 7.0)
+    assert not recipe.is_of(stored)
+
+
+@pytest.mark.parametrize("begun", [None, "1", "2"])
+@pytest.mark.parametrize("kept", [None, "1", "2"])
+def test_what_is_run_anew_resumed_and_left_alone(begun, kept, in_tmp, stand_in):
+    """Folder and record of the recipe of one epoch, or of another one."""
+    recipe = Recipe("demo", "name", DEMO, 0)
+    folder = in_tmp / "runs" / "demo-name-seed0"
+    if kept:
+        pretend(folder, f"{DEMO} --epochs {kept} --seed 0".split())
+        records.keep("demo", runs.written(recipe))
+        (folder / "config.json").unlink()
+    if begun:
+        pretend(folder, f"{DEMO} --epochs {begun} --seed 0".split())
+    runs.start_all([recipe])
+    anew = [*DEMO.split(), "--seed", "0", "--name", folder.name, "--force"]
+    resumed = ["--resume", "runs/demo-name-seed0"]
+    expected = [resumed if begun == "1" else anew]
+    assert stand_in == ([] if kept == "1" else expected)
+    (record,) = records.read("demo")
+    assert record["epochs"] == 1 and record["run"] == folder.name
+
+
+def test_the_record_of_a_run_is_its_settings_and_its_last_line(stand_in):
+    runs.start(Recipe("demo", "name", DEMO, 3, about={"what": "a demo"}))
+    (record,) = records.read("demo")
+    assert set(records.PROVENANCE) <= set(record)
+    assert (record["name"], record["seed"], record["what"]) == ("name", 3, "a demo")
+    assert record["features"] == "grid" and record["patches"] == 8
+    assert record["metrics"]["train_seconds"] == 100.0 and record["metrics"]["linear_top1"] == 0.5
+    assert record["seen"] == [{"epoch": 1, "linear_top1": 0.3}] and record["resumed"] == []
+
+
+def test_a_probe_of_anothers_encoder_has_that_ones_costs(stand_in):
+    trained = Recipe("demo", "trained", DEMO, 0)
+    probe = Recipe("demo", "probe", f"{DEMO} --eval-only --eval-patches 4", 0, "trained")
+    runs.start_all([trained, probe])
+    assert stand_in[1][-5:-3] == ["--checkpoint", "runs/demo-trained-seed0/encoder.pt"]
+    _, record = records.read("demo")
+    assert record["name"] == "probe" and record["eval_patches"] == 16
+    assert record["probe"]["eval_patches"] == 4
+    assert record["metrics"]["train_seconds"] == 100.0
+    runs.start_all([trained, probe])
+    assert len(stand_in) == 2
+
+
+def test_a_run_that_fails_ends_the_command_with_its_code(results, monkeypatch):
+    monkeypatch.setattr(runs, "run", lambda command: 2)
+    monkeypatch.setattr(runs, "estimate", lambda recipes: 0.0)
+    with pytest.raises(SystemExit) as stop:
+        transfer.main(["--from", "nothing", "--to", "nowhere"])
+    assert stop.value.code == 2 and not results.exists()
+
+
+def test_a_signal_is_passed_on_and_the_run_may_end_in_peace(in_tmp, monkeypatch):
+    """The program says with a file that it is there, and with another that it was asked to end."""
+    program = """
+import os, pathlib, signal, sys
+def end(number, frame):
+    pathlib.Path("asked").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+os.kill(os.getppid(), signal.SIGTERM)
+signal.sigtimedwait([signal.SIGUSR1], 30)
+"""
+    monkeypatch.setattr(signals, "heard", 0)  # and 0 again for the tests after this one
+    with signals.listened_to(), pytest.raises(Stopped) as stop:
+        runs.run([sys.executable, "-c", program])
+    assert stop.value.number == 15 and (in_tmp / "asked").exists()
+
+
+def test_what_a_run_takes_is_estimated(monkeypatch):
+    """Of what trains, from the speed of the first: here 60 patches in 3 s."""
+    trained = []
+
+    def train(encoder, images, config, augmentation):
+        trained.append((len(images), config.epochs, images.shape[-1]))
+        return {"patches_seen": 60, "train_seconds": 3.0}
+
+    monkeypatch.setattr(empssl, "train", train)
+    recipes = [
+        Recipe("demo", "a", f"{DEMO} --epochs 2 --subset 1000", 0),
+        Recipe("demo", "b", f"{DEMO} --eval-only", 0),
+        Recipe("demo", "c", "--dataset cifar10 --preset laptop --device cpu --patches 2", 0),
+    ]
+    assert runs.estimate(recipes) == pytest.approx((1000 * 8 * 2 + 50_000 * 2) / 20)
+    assert trained == [(5, 1, 16), (15, 1, 16)]
+
+
+# ---- the commands ----
+
+
+def test_the_papers_recipes_are_refused_on_a_cpu_with_an_estimate(results, monkeypatch, capsys):
+    def seconds(recipes):
+        configs = [recipe.settings() for recipe in recipes]
+        return sum(50_000 * config.patches * config.epochs for config in configs) / 100
+
+    monkeypatch.setattr(runs, "estimate", seconds)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["cifar10", "--seeds", "1"]
+    # 1, 10 and 30 epochs of 20 and 200 patches of 50,000 images.
+    with pytest.raises(UsageError, match="about 52 days"):
+        paper.main(command)
+    said = capsys.readouterr().out
+    assert "6 runs" in said and "cifar10-30-epochs-200-patches, seed 0" in said
+    assert not results.exists()
+
+
+def test_a_rehearsal_is_kept_apart_and_sees_what_the_paper_sees(stand_in, monkeypatch):
+    monkeypatch.setattr(runs, "estimate", lambda recipes: 0.0)
+    paper.main(["cifar100", "--seeds", "1", "--subset", "500"])
+    found = records.read("rehearsal")
+    assert [(r["patches"], r["epochs"]) for r in found] == [
+        (patches, epochs) for patches in (20, 200) for epochs in (1, 10, 30)
+    ]
+    assert {r["dataset"] for r in found} == {"cifar100"} and {r["subset"] for r in found} == {500}
+    assert [r["probe_epochs"] for r in found] == [None, None, "1,10"] * 2
+    assert records.read("cifar100") == []
+
+
+def test_the_laptops_figures_are_drawn_in_the_readme(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "estimate", lambda recipes: 600.0)
+    laptop.main(["--seeds", "2", "--data-dir", "my data/cifar10-jpeg"])
+    assert "6 runs, about 10 min" in capsys.readouterr().out
+    assert ["my data/cifar10-jpeg" in command for command in stand_in].count(True) == 5
+    found = [(r["name"], r["seed"], r["epochs"]) for r in records.read("laptop")]
+    ten = [(name, seed, 2) for seed in (0, 1) for name in ("ten-minutes", "ten-minutes-supervised")]
+    assert found == [*ten, ("an-hour", 0, 12)]
+    rows = tables.result().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| cifar10-jpeg",
+        "| cifar10-jpeg, all labels",
+        "| cifar10-jpeg",
+        "| shapes",
+    ]
+
+
+def test_the_peers_run_for_one_epoch_and_at_equal_seconds(stand_in, monkeypatch):
+    monkeypatch.setattr(runs, "estimate", lambda recipes: 0.0)
+    peers.main(["--seeds", "2"])
+    found = records.read("peers")
+    methods, ablations = peers.METHODS.splitlines(), peers.ABLATIONS.splitlines()[1:]
+    once = [r for r in found if r["budget"] == "one epoch"]
+    assert len(once) == 2 * len(methods) + len(ablations)
+    # Two views take 25 s an epoch and EMP-SSL 100 s, whatever its patches.
+    longer = [r for r in found if r["budget"] == "equal seconds"]
+    assert {r["epochs"] for r in longer} == {4}
+    assert {r["what"] for r in longer} == {r["what"] for r in once if "method" in r}
+    assert {r["subset"] for r in once if "of-5000" in r["what"]} == {5000}
+    for what in tables.MORE_METHODS:
+        assert len(tables.peers_runs(what, "one epoch")) == 2, what
+        epochs = [r["epochs"] for r in tables.peers_runs(what, "equal seconds")]
+        assert epochs == {"empssl": [1, 1], "untrained": [0, 0]}.get(what, [4, 4])
+    centre = next(r for r in once if "centre" in r["name"])
+    assert centre["probe"]["checkpoint"] == "runs/peers-empssl-1-epoch-seed0/encoder.pt"
+    assert centre["metrics"]["train_seconds"] == 100.0
+    count = len(stand_in)
+    peers.main(["--seeds", "2"])
+    assert len(stand_in) == count
+
+
+def test_the_names_of_the_peers_are_those_of_the_kept_records(monkeypatch):
+    monkeypatch.undo()
+    kept = {(r["name"], r["what"], r["budget"]) for r in records.read("peers")}
+    recipes = []
+    for line in (peers.METHODS + peers.ABLATIONS).splitlines():
+        recipes += peers.one_epoch(*line.split(": "), 0, DEMO)
+    ours = {(r.name, r.about["what"], r.about["budget"]) for r in recipes}
+    assert ours == {names for names in kept if names[2] != "equal seconds"}
+
+
+def test_every_recipe_of_the_peers_is_one_that_the_programs_take():
+    for line in (peers.METHODS + peers.ABLATIONS).splitlines():
+        for recipe in peers.one_epoch(*line.split(": "), 0, DEMO):
+            config = recipe.settings()
+            if hasattr(config, "method"):
+                views(config, (32, 32))
+            check_sizes(config, 15_000, 32, 32)
+
+
+# ---- the benchmarks ----
+
+
+def never(call, device):
+    pytest.fail("it was timed")
+
+
+def slightly_off(*arguments):
+    patches = empssl.extract_patches_ref(*arguments).clone()
+    patches[0, 0, 0, 0] += 0.01
+    return patches
+
+
+def not_a_number(*arguments):
+    return torch.full_like(empssl.extract_patches_ref(*arguments), torch.nan)
+
+
+@pytest.mark.parametrize("wrong", [slightly_off, not_a_number])
+def test_wrong_patches_are_not_timed(wrong, monkeypatch):
+    monkeypatch.setattr(empssl, "extract_patches", wrong)
+    monkeypatch.setattr(ops, "median_seconds", never)
+    with pytest.raises(ArithmeticError, match="extract_patches is wrong .* nothing is timed"):
+        ops.bench_patches(CPU, b=2, n=2, s=8)
+
+
+def wrong_gradient(z):
+    R = empssl_rate(z)
+    return R.detach() + 2 * (R - R.detach())
+
+
+empssl_rate = empssl.coding_rate
+
+
+@pytest.mark.parametrize("wrong", [lambda z: -empssl_rate(z), wrong_gradient])
+def test_a_wrong_coding_rate_is_not_timed(wrong, monkeypatch):
+    monkeypatch.setattr(empssl, "coding_rate", wrong)
+    monkeypatch.setattr(ops, "median_seconds", never)
+    with pytest.raises(ArithmeticError, match="coding_rate is wrong"):
+        ops.bench_coding_rate(CPU, n=2, b=4, d=8)
+
+
+def test_a_wrong_inverse_is_not_timed(monkeypatch):
+    monkeypatch.setattr(empssl, "logdet_spd", lambda A: (torch.logdet(A), A))
+    monkeypatch.setattr(ops, "median_seconds", never)
+    with pytest.raises(ArithmeticError, match="logdet_spd is wrong"):
+        ops.bench_logdet(CPU, 4)
+
+
+def called_once(call, device):
+    call(0)
+    return 1e-3
+
+
+def test_what_is_right_is_timed_beside_its_peers(monkeypatch):
+    """Peers that work: each is called once."""
+    monkeypatch.setattr(ops, "median_seconds", called_once)
+    rows = ops.bench_patches(CPU, b=4, n=2, s=8)
+    rows += ops.bench_coding_rate(CPU, n=2, b=4, d=8) + ops.bench_logdet(CPU, 5)
+    rows += ops.bench_common_part(CPU, b=2, n=2)
+    names = [row["name"] for row in rows]
+    for name in (
+        "this op, float32",
+        "this op, bfloat16",
+        "its PyTorch reference",
+        "torchvision v2, patch by patch",
+        "this op, float32, one core",
+        "PIL, the official pipeline, one core",
+        "official loop, d x d",
+        "torch.linalg, 5 rows",
+    ):
+        assert name in names
+    record = {"name": "ops-cpu", "seed": 0, "hardware": "abacus", "metrics": {"rows": rows}}
+    records.keep("ops", record)
+    assert "| `extract_patches` | this op, bfloat16 | 8,000 patches/s |" in tables.ops()
+
+
+def test_a_peer_that_fails_is_left_out(capsys):
+    def fails(i):
+        raise RuntimeError("Intel oneMKL ERROR")
+
+    assert ops.rows_of("coding_rate", {"a peer": fails}, CPU) == []
+    assert "Intel oneMKL ERROR" in capsys.readouterr().out
+
+
+def test_the_peers_of_the_coding_rate_are_the_coding_rate():
+    z = torch.nn.functional.normalize(torch.randn(3, 4, 8, dtype=torch.float64), dim=-1)
+    for rate in (ops.official_loop, ops.small_cholesky):
+        torch.testing.assert_close(rate(z), empssl.coding_rate(z))
+
+
+def test_the_parts_of_a_step_are_kept_and_drawn(monkeypatch):
+    monkeypatch.setattr(step, "median_seconds", called_once)
+    monkeypatch.setattr(step, "product_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(step, "copy_rate", lambda device: 1e9)
+    step.main(f"--preset laptop --device cpu {TINY}".split())
+    (record,) = records.read("step")
+    assert set(records.PROVENANCE) <= set(record)
+    assert (record["name"], record["preset"]) == ("laptop-cpu", "laptop")
+    parts = record["metrics"]["parts"]
+    assert [part["part"] for part in parts] == list(step.PARTS)
+    assert sum(part["share"] for part in parts) == pytest.approx(1)
+    floors = {part["part"]: part["floor"] for part in parts}
+    # 40 patches of 8 x 8: 115 operations a pixel; backward does twice what forward does.
+    assert floors["patches"] == pytest.approx(40 * 64 * 115 / 1e9)
+    assert floors["backward"] == 2 * floors["forward"] > 0
+    assert tables.step().count("\n") == 7
+
+
+# ---- end to end ----
+
+
+def folder_of_noise(path, seed):
+    chance = np.random.default_rng(seed)
+    for part, count in (("train", 60), ("test", 10)):
+        for name in ("a", "b"):
+            (path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / part / name / f"{i}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_transfer_between_two_folders_runs_once_and_keeps_its_records(in_tmp, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+    folder_of_noise(in_tmp / "birds", 0)
+    folder_of_noise(in_tmp / "fish", 1)
+    command = ["--from", "birds", "--to", "fish", "--seeds", "1"]
+    transfer.main(command)
+    found = {r["name"]: r for r in records.read("transfer")}
+    assert set(found) == {"birds", "birds-to-fish"}
+    probe = found["birds-to-fish"]["probe"]
+    assert probe["checkpoint"] == "runs/transfer-birds-seed0/encoder.pt"
+    assert probe["data_dir"] == "fish" and found["birds-to-fish"]["data_dir"] == "birds"
+    assert all("linear_top1" in r["metrics"] for r in found.values())
+    # A peer is a program of its own, which is resumed where its record is lost.
+    data = "--dataset imagefolder --data-dir fish --preset laptop --device cpu"
+    simclr = Recipe("demo", "simclr", f"{data} --method simclr {TINY}", 0)
+    record = runs.start(simclr)
+    (in_tmp / "results" / "demo.jsonl").unlink()
+    assert runs.start(simclr) == record and record["method"] == "simclr"
+    assert record["command"].startswith("python -m study.baselines ")
+    assert all(r["command"].startswith("python empssl.py ") for r in found.values())
+    monkeypatch.setattr(runs, "run", lambda command: pytest.fail("it ran again"))
+    transfer.main(command)
