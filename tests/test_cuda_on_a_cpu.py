@@ -1,5 +1,8 @@
-"""The CUDA kernels where there is no GPU: their source, compiled for the CPU by way of cuda_on_a_cpu.h, against the specification
-that test_ops.py is. What a GPU adds, its arithmetic, its memory and its speed, is for a GPU to test."""
+"""The CUDA kernels where there is no GPU: their source, compiled for the CPU.
+
+It is compiled by way of cuda_on_a_cpu.h, and held against the specification that test_ops.py is.
+What a GPU adds, its arithmetic, its memory and its speed, is for a GPU to test.
+"""
 
 import ctypes
 import re
@@ -26,10 +29,16 @@ HERE, CSRC = Path(__file__).parent, Path(__file__).parent.parent / "csrc"
 LARGEST = {torch.float32: 240, torch.float64: 169}  # rows of a matrix in an H100's shared memory
 WRAPPERS = """
 #include "empssl.h"
-extern "C" const char* extract_patches(const PatchJob* job) { return extract_patches_cuda(*job, nullptr); }
-extern "C" const char* logdet_spd(const void* A, int64_t n, int64_t k, void* logdet, void* inverse, bool is_double) {
-    return is_double ? logdet_spd_cuda((const double*)A, n, k, (double*)logdet, (double*)inverse, nullptr)
-                     : logdet_spd_cuda((const float*)A, n, k, (float*)logdet, (float*)inverse, nullptr);
+extern "C" const char* extract_patches(const PatchJob* job) {
+    return extract_patches_cuda(*job, nullptr);
+}
+template <typename T>
+const char* run(const void* A, int64_t n, int64_t k, void* logdet, void* inverse) {
+    return logdet_spd_cuda((const T*)A, n, k, (T*)logdet, (T*)inverse, nullptr);
+}
+extern "C" const char* logdet_spd(const void* A, int64_t n, int64_t k, void* logdet,
+                                  void* inverse, bool is_double) {
+    return is_double ? run<double>(A, n, k, logdet, inverse) : run<float>(A, n, k, logdet, inverse);
 }
 extern "C" int64_t largest(int64_t element_bytes) {
     return element_bytes ? logdet_spd_cuda_largest(element_bytes) : extract_patches_cuda_largest();

@@ -132,7 +132,7 @@ def test_random_labels_give_chance():
 
 
 def test_the_probe_follows_the_official_recipe():
-    """SGD written out by hand: momentum, decay, cosine by the epoch, last partial batch included."""
+    """SGD by hand: momentum, decay, cosine by the epoch, the last partial batch included."""
     (x, y), (u, v) = blobs(250, spread=2.5, seed=1), blobs(400, spread=2.5, seed=2)
     epochs, lr = 4, 0.5  # large, so that a weight decay of 5e-5 shows
     torch.manual_seed(0)

@@ -19,7 +19,8 @@ def literal_step(p, g, buffer, lr, momentum=0.9, decay=1e-4, eta=0.005):
     return p - lr * (g + momentum * buffer), buffer
 
 
-# Gradients of 1e-4 |p| leave the trust above the learning rate: the clip acts. Of 10 |p|, below: it does not.
+# Gradients of 1e-4 |p| leave the trust above the learning rate: the clip acts. Of 10 |p| they leave
+# it below: it does not.
 @pytest.mark.parametrize("scale", [1e-4, 10.0])
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (4, 3, 3, 3), ()])
 def test_several_steps(shape, scale):

@@ -56,7 +56,10 @@ def test_calibration_values():
 
 
 def test_a_collapsed_batch_loses_to_a_spread_one():
-    """The sign that a widely used library has flipped. Both batches are perfectly invariant; only the spread differs."""
+    """The sign that a widely used library has flipped.
+
+    Both batches are perfectly invariant; only the spread differs.
+    """
     n, b, d = 4, 50, 64
     collapsed, spread = unit(1, 1, d).expand(n, b, d), unit(1, b, d).expand(n, b, d)
     assert coding_rate(collapsed) < coding_rate(spread)

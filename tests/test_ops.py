@@ -1,5 +1,8 @@
-"""The compiled ops against their references, against float64, and against wrong arguments; on the CPU and, where there
-is one, on a GPU. What torchvision says of the references is in test_patches.py."""
+"""The compiled ops against their references, against float64, and against wrong arguments.
+
+On the CPU and, where there is one, on a GPU. What torchvision says of the references is in
+test_patches.py.
+"""
 
 import math
 import os
@@ -45,7 +48,8 @@ def random_images(N, H, W, seed=0, device="cpu"):
 def assert_as_good_as_pytorch(ours, images, index, params, s):
     """Error against float64 at most twice that of the float32 reference, plus 1e-6.
 
-    Values that rounding alone may put on either side of the solarize threshold are left out, and counted.
+    Values that rounding alone may put on either side of the solarize threshold are left out, and
+    counted.
     """
     exact = extract_patches_ref(images, index, params, s, torch.float64)
     reference = extract_patches_ref(images, index, params, s, torch.float32)
@@ -375,7 +379,10 @@ def test_cuda_graph_capture():
 @pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
 @pytest.mark.parametrize("how", ["captured", "compiled"])
 def test_a_training_step_is_captured_or_compiled(how, monkeypatch):
-    """Patches, encoder, loss and gradients, in one CUDA graph or with a compiled encoder: on other patches what eager steps give."""
+    """Patches, encoder, loss and gradients, in one CUDA graph or with a compiled encoder.
+
+    On other patches they give what eager steps give.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     images, index = random_images(40, 32, 32, device="cuda"), torch.arange(10, device="cuda")
@@ -601,9 +608,12 @@ def test_solarize_inverts_from_128_up(device):
 @on_each_device
 @pytest.mark.parametrize("seed", range(4))
 def test_a_training_with_kernels_and_one_with_references_agree(device, seed, monkeypatch):
-    """Twenty steps with kernels, the paper's augmentation. At each the references give, from the same weights, the same loss and
-    gradient, but for the few steps at which rounding carries a ReLU's input across 0. And twenty steps with references alone
-    end near, where training has made more of that rounding."""
+    """Twenty steps with kernels, the paper's augmentation.
+
+    At each the references give, from the same weights, the same loss and gradient, but for the few
+    steps at which rounding carries a ReLU's input across 0. And twenty steps with references alone
+    follow, as far as rounding, of which training makes ten times as much each step, lets them.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     images = random_images(200, 32, 32, device=device)
     config = empssl.Config(
@@ -690,7 +700,7 @@ def short_training(device, eta=0.005):
 
 @pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
 def test_a_training_on_a_gpu_follows_the_cpus(monkeypatch):
-    """At first to float32's rounding, of which training makes ten times as much each step; then on the average."""
+    """At first to float32's rounding, which grows tenfold each step; then on the average."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     cpu, gpu = short_training("cpu"), short_training("cuda")
     assert_losses_follow(gpu, cpu)

@@ -1,4 +1,4 @@
-"""Patches: the sampled parameters' distribution, and each operation against torchvision's functional, one by one."""
+"""Patches: how their numbers are drawn, and each operation against torchvision's functional."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ NEUTRAL = dict(
 
 
 def oracle(image, p, s):
-    """One patch of one image `(3, H, W)` uint8 by torchvision; p maps column names to numbers. Float64 throughout."""
+    """One patch of one image `(3, H, W)` uint8 by torchvision, in float64; p: numbers by column."""
     x = image.double() / 255
     x = V.resized_crop(
         x, int(p["top"]), int(p["left"]), int(p["height"]), int(p["width"]), [s, s], antialias=True
@@ -56,7 +56,7 @@ def oracle(image, p, s):
 
 
 def assert_matches_oracle(images, index, params, s):
-    """Within 1e-5 of torchvision, but for values so near the solarize threshold that rounding decides."""
+    """Within 1e-5 of torchvision, but for values that rounding solarizes or not."""
     ours = extract_patches(images, index, params, s)
     n, b, _ = params.shape
     assert ours.shape == (n * b, 3, s, s) and ours.dtype == torch.float32
@@ -213,7 +213,7 @@ def test_other_dtypes(dtype):
 
 
 def test_chunks_do_not_show():
-    """Three hundred patches of the reference run through three chunks of 128; each alone runs through one."""
+    """Three hundred patches run through three chunks of 128; each alone runs through one."""
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     params = sample_patches(3, 100, (32, 32), Augmentation())
     whole = extract_patches_ref(images, torch.arange(3), params, 64).view(100, 3, 3, 64, 64)

@@ -110,12 +110,6 @@ def test_mean_and_deviation_by_hand():
     assert records.mean_and_deviation(three[:1], "accuracy") == (0.5, None)
 
 
-def test_pairs_are_of_the_same_seed():
-    runs = [a_record("a", seed) for seed in (2, 0)]
-    others = [a_record("b", seed) for seed in (0, 1, 2)]
-    assert records.paired(runs, others) == [(runs[0], others[2]), (runs[1], others[0])]
-
-
 # ---- the tables ----
 
 
@@ -215,12 +209,3 @@ def test_figures_of_the_older_evaluation_are_said_to_be(results):
     records.keep("peers", run)
     assert "| EMP-SSL | 0.600 | 0.500 |" in tables.peers()
     assert "older evaluation" in tables.peers()
-
-
-def test_gains_are_paired_by_seed():
-    runs = [a_record("a", seed, accuracy=value) for seed, value in enumerate((0.52, 0.64))]
-    others = [a_record("b", seed, accuracy=value) for seed, value in enumerate((0.50, 0.60))]
-    pairs = records.paired(runs, others)
-    # 2 and 4 points: 3 on average, the deviation is the root of 2.
-    assert tables.gain(pairs, "accuracy") == "0.580 (+3.0 ± 1.4)"
-    assert tables.gain(pairs[:1], "accuracy") == "0.520 (+2.0)"

@@ -13,7 +13,7 @@ from empssl import Augmentation, Config, Encoder, train
 from empssl_support.runs import Run
 from recipes import Watching, small_encoder, tiny_training
 
-# Batches of 16 and a small trust keep rounding small: other numbers of threads change 3e-5 of these.
+# Batches of 16 and a small trust keep rounding small: another number of threads changes 3e-5.
 TEN_LOSSES = [-6.7427, -7.4575, -7.5132, -7.2705, -7.7055]
 TEN_LOSSES += [-7.4367, -7.6437, -7.545, -7.5904, -7.5535]
 

@@ -11,7 +11,6 @@ from study.experiments.tables import METHODS, peers_runs, representation
 
 PLOT = Path(__file__).resolve().parent.parent.parent / "docs" / "peers.png"
 
-INK = "#30343b"
 PALE = "#8b929c"
 COLOURS = {
     "empssl": "#d1342f",
@@ -36,16 +35,12 @@ def draw_peers() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    look = {"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": PALE}
-    look |= {"xtick.color": INK, "ytick.color": INK}
-    with pyplot.rc_context(look):
-        figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
-        ends = {what: draw_method(axes, what) for what in METHODS if peers_runs(what, "one epoch")}
-        draw_untrained(axes)
-        furnish(axes)
-        label(axes, ends)
-        figure.savefig(PLOT, dpi=150)
-        pyplot.close(figure)
+    figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    ends = {what: draw_method(axes, what) for what in METHODS if peers_runs(what, "one epoch")}
+    draw_untrained(axes)
+    furnish(axes)
+    label(axes, ends)
+    figure.savefig(PLOT, dpi=150)
 
 
 def draw_method(axes, what: str) -> tuple[float, float]:
@@ -66,7 +61,6 @@ def draw_method(axes, what: str) -> tuple[float, float]:
         marker="*" if ours else "o",
         markersize=17 if ours else 7,
         linewidth=1.6,
-        elinewidth=1.2,
         capsize=3,
         zorder=3 if ours else 2,
     )
@@ -85,7 +79,6 @@ def draw_untrained(axes) -> None:
         xytext=(0, 5),
         textcoords="offset points",
         color=PALE,
-        fontsize=11,
     )
 
 
@@ -105,8 +98,6 @@ def furnish(axes) -> None:
         "left end of a line: one epoch; right end: the seconds of EMP-SSL's one epoch",
         loc="left",
         fontsize=12,
-        linespacing=1.5,
-        pad=14,
     )
 
 

@@ -73,9 +73,3 @@ def by_key(records: list[dict], key: str) -> dict[str, list[dict]]:
     for record in records:
         groups.setdefault(record[key], []).append(record)
     return groups
-
-
-def paired(runs: list[dict], others: list[dict]) -> list[tuple[dict, dict]]:
-    """Runs of two recipes, seed by seed, where both have the seed."""
-    of_seed = {r["seed"]: r for r in others}
-    return [(r, of_seed[r["seed"]]) for r in runs if r["seed"] in of_seed]
