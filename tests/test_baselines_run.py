@@ -221,6 +221,7 @@ def test_the_yardstick_needs_labels_and_has_a_class_for_each_output(in_tmp, shor
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "flags,gain",
     [

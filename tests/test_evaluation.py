@@ -172,9 +172,30 @@ def test_knn_by_hand():
     query = torch.tensor([[5.0, 0.0]])
     assert knn_probe(train, y, query, torch.tensor([1])) == 1
     assert knn_probe(train, y, query, torch.tensor([0])) == 0
-    # With one temperature as large as the other is small, the three outvote the two.
-    assert knn_probe(train, y, query, torch.tensor([0]), temperature=100.0) == 1
-    assert knn_probe(train, y, query, torch.tensor([1]), k=2, temperature=100.0) == 1
+    # Where the temperature makes all weights alike, three outvote two; of the nearest two, none.
+    assert knn_probe(train, y, query, torch.tensor([0]), temperature=1e3) == 1
+    assert knn_probe(train, y, query, torch.tensor([1]), k=2, temperature=1e3) == 1
+    # Nearest by angle, however long.
+    train[y == 0] *= 10
+    assert knn_probe(train, y, query, torch.tensor([1])) == 1
+
+
+def test_knn_weighs_twenty_neighbours_as_published():
+    """One of cosine 1 against four of 0.9: exp(0.1 / T) is 4.2 at T 0.07, and 3.8 at 0.075."""
+
+    def vote(train, labels, **how):
+        query, answer = torch.tensor([[1.0, 0.0]]), torch.tensor([1])
+        return knn_probe(train, torch.tensor(labels), query, answer, **how)
+
+    angle = torch.tensor([0.0] + [math.acos(0.9)] * 4)
+    train = torch.stack([angle.cos(), angle.sin()], 1)
+    assert vote(train, [1, 0, 0, 0, 0]) == 1
+    assert vote(train, [1, 0, 0, 0, 0], temperature=0.075) == 0
+
+    # Of these 21 the last does not vote, and so class 1 has as many votes as class 0, but nearer.
+    many = torch.tensor([[1.0, 0.0]] * 10 + [[0.99999, 0.00447]] * 11)
+    assert vote(many, [1] * 10 + [0] * 11) == 1
+    assert vote(many, [1] * 10 + [0] * 11, k=21) == 0
 
 
 def test_raw_pixels_are_the_images_own():
@@ -211,6 +232,7 @@ def test_a_run_and_its_record():
     record = main([*SHAPES, "--epochs", "2", "--name", "demo"])
     assert record == records(RUNS / "demo")[-1]
     assert all(0 <= record[key] <= 1 for key in (*ACCURACIES, *BEFORE))
+    assert "raw_pixels_top1" not in record  # it stands beside the untrained encoder alone
     assert record["patches_seen"] == 2 * 60 * 3 and record["train_seconds"] > 0
     assert record["device"].startswith("cpu") and record["R"] > 0 and 0 < record["D"] <= 1
     epochs = [r["epoch"] for r in records(RUNS / "demo") if "holdout_knn_top1" in r]
@@ -230,9 +252,8 @@ def test_the_headline_is_the_bags_and_quadrants_stand_beside(monkeypatch):
     monkeypatch.setattr(empssl, "linear_probe", probe)
     record = main([*SHAPES, "--name", "demo"])
     (bag, _), (quadrants, test_quadrants) = seen
-    assert (
-        bag.shape == (60, 16) and quadrants.shape == (60, 64) and test_quadrants.shape == (40, 64)
-    )
+    assert bag.shape == (60, 16)
+    assert quadrants.shape == (60, 64) and test_quadrants.shape == (40, 64)
     torch.testing.assert_close(quadrants.view(60, 4, 16).mean(1), bag)
     assert (record["linear_top1"], record["quadrants_top1"]) == (0.1, 0.2)
 
@@ -267,7 +288,8 @@ def test_a_saved_encoder_probes_to_the_same_figures():
     untrained = main([*SHAPES, "--name", "untrained", "--eval-only"])
     assert untrained["knn_top1"] == trained["untrained_knn_top1"]
     assert untrained["raw_pixels_knn_top1"] == trained["raw_pixels_knn_top1"]
-    assert 0 <= untrained["raw_pixels_top1"] <= 1 and "checkpoint" not in untrained
+    assert 0 <= untrained["raw_pixels_top1"] <= 1
+    assert not {"checkpoint", "train_seconds", "untrained_knn_top1"} & untrained.keys()
     images = empssl.load_dataset("shapes").test_images
     saved = np.load("runs/demo/test_features.npz")["test_features"]
     features = embed(empssl.load(encoder), images, 4).numpy()

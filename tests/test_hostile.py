@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import empssl
 from empssl import Config, empssl_loss, main
 from empssl_support.data import Dataset
-from recipes import SHAPES, TINY
+from empssl_support.files import save_encoder
+from recipes import SHAPES, TINY, small_encoder
 
 pytestmark = pytest.mark.usefixtures("in_tmp", "short_runs")
 
@@ -96,6 +97,36 @@ def test_a_folder_that_may_not_be_written(capsys):
 def test_a_file_in_the_place_of_the_runs_folder(capsys):
     Path("runs").write_text("")
     assert ends_well_or_in_a_sentence([*SHAPES, "--name", "x"], capsys) == 2
+
+
+# ---- checkpoints that lie ----
+
+HONEST = {"backbone": "small", "patch_size": 16, "hidden": 16, "projector": 16, "dim": 8}
+HONEST |= {"drop_last_stage": False}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": HONEST | {"hidden": 10**9}},
+        {"architecture": HONEST | {"hidden": -1}},
+        {"architecture": HONEST | {"backbone": "huge"}},
+        {"architecture": HONEST | {"patch_size": 2**40}},
+        {"architecture": HONEST | {"patch_size": 0}},
+        {"architecture": HONEST | {"drop_last_stage": True}},
+        {"architecture": {"epochs": 5}},
+        {"weights": {}},
+        {"weights": {"represent.0.weight": torch.zeros(3)}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("what_for", ["--eval-only", "--export-features features.npz"])
+def test_a_checkpoint_that_lies_is_refused_before_anything_is_written(change, what_for, capsys):
+    save_encoder(Path("good.pt"), small_encoder())
+    torch.save(torch.load("good.pt", weights_only=True) | change, "odd.pt")
+    plain = "--dataset shapes --subset 60 --preset laptop --device cpu --checkpoint odd.pt"
+    assert ends_well_or_in_a_sentence([*plain.split(), *what_for.split()], capsys) == 2
+    assert not Path("features.npz").exists() and not [*Path("runs").glob("[!.]*")]
 
 
 # ---- numbers ----

@@ -63,7 +63,8 @@ def test_a_figure_stands_beside_where_it_comes_from():
     "found,said",
     [
         ({"avx2": True, "avx512_f": True, "avx512_bf16": True}, ", AVX2, AVX-512, bf16"),
-        ({"avx2": True, "avx512_f": False, "amx_bf16": False}, ", AVX2"),
+        ({"avx2": True, "avx512_f": True}, ", AVX2, AVX-512"),
+        ({"avx2": True, "avx512_f": False, "amx_bf16": True}, ", AVX2, AMX"),
         ({}, ""),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 import empssl
 from empssl import main
+from empssl_support.cli import UsageError
 from empssl_support.files import save_encoder
 from empssl_support.settings import pick_precision, read_settings, sides_of_patches
 from recipes import SHAPES, TINY, plain_folder, small_encoder
@@ -56,9 +57,9 @@ def test_every_step_has_a_side(total):
 
 def test_auto_is_float32_on_a_cpu_whatever_it_has(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert settings().precision == "float32"
     assert settings("--precision", "bf16").precision == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert pick_precision("auto", "cuda:1") == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert pick_precision("auto", "cuda:1") == "float32"
@@ -136,6 +137,56 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(arguments, sentence, in_tm
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and sentence in error and "Traceback" not in error
     assert not os.path.exists("runs") or not [p for p in os.listdir("runs") if p[0] != "."]
+
+
+# ---- a run that goes on ----
+
+
+@pytest.fixture
+def begun(in_tmp):
+    """The settings of a run that was begun, in `runs/demo`."""
+    folder = in_tmp / "runs" / "demo"
+    folder.mkdir(parents=True)
+    config = settings("--preset", "laptop", "--epochs", "7", "--patch-size", "12")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    return config
+
+
+def test_a_run_goes_on_with_its_own_settings(begun):
+    resumed = settings("--resume", "runs/demo")
+    assert dataclasses.asdict(resumed) == dataclasses.asdict(begun) | {"resume": "runs/demo"}
+
+
+def test_what_may_change_when_a_run_goes_on(begun):
+    changed = {"data_dir": "elsewhere", "save_every": 1.5, "export_features": "own.npz"}
+    words = "--data-dir elsewhere --save-every 1.5 --export-features own.npz"
+    resumed = settings("--resume", "runs/demo", *words.split())
+    expected = dataclasses.asdict(begun) | changed | {"resume": "runs/demo"}
+    assert dataclasses.asdict(resumed) == expected
+
+
+@pytest.mark.parametrize("flag", ["--epochs 7", "--name other", "--force", "--precision bf16"])
+def test_what_may_not_change_when_a_run_goes_on(flag, begun):
+    with pytest.raises(UsageError, match=f"leave {flag.split()[0]} out"):
+        settings("--resume", "runs/demo", *flag.split())
+
+
+@pytest.mark.parametrize(
+    "stored,sentence",
+    [
+        ({"method": "simclr", "lr": 0.1}, "begun by another program"),
+        ({"lr": 0.1}, "no run to go on with in runs/demo"),
+        ([], "no run to go on with in runs/demo"),
+        (None, "no run to go on with in runs/demo"),
+    ],
+)
+def test_what_is_no_run_of_this_program(stored, sentence, begun, in_tmp):
+    (in_tmp / "runs" / "demo" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UsageError, match=sentence):
+        settings("--resume", "runs/demo")
+
+
+# ---- folders ----
 
 
 def test_a_run_is_not_overwritten(in_tmp, capsys):
