@@ -10,7 +10,7 @@ import torch
 import empssl
 from empssl import Augmentation, Config, Encoder, train
 from empssl_support.runs import Run
-from recipes import Watching, small_encoder, tiny_training
+from recipes import SHAPES, Watching, small_encoder, tiny_training
 
 # Batches of 16 and a small trust keep rounding small: another number of threads changes 3e-5.
 TEN_LOSSES = [-6.7427, -7.4575, -7.5132, -7.2705, -7.7055]
@@ -214,3 +214,43 @@ def test_the_papers_encoder_is_the_default():
         "dim": 1024,
         "drop_last_stage": False,
     }
+
+
+# ---- a training that fails ----
+
+whole_runs = pytest.mark.usefixtures("in_tmp", "short_runs")
+
+
+@whole_runs
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(monkeypatch):
+    forward, calls = empssl.Objective.forward, []
+
+    def broken(objective, *batch):
+        loss, terms = forward(objective, *batch)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 5 else loss), terms
+
+    monkeypatch.setattr(empssl.Objective, "forward", broken)
+    with pytest.raises(SystemExit) as stop:
+        empssl.main([*SHAPES, "--epochs", "4", "--name", "broken", "--save-every", "0"])
+    saved = torch.load("runs/broken/checkpoint.pt", weights_only=True)
+    assert stop.value.code == 1 and saved["step"] == 4
+    assert all(w.isfinite().all() for w in saved["encoder"].values())
+
+
+@whole_runs
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(monkeypatch):
+    """A finite loss with a gradient that is not: the next loss would show it, one save too late."""
+    step, calls = empssl.LARS.step, []
+
+    def poison(optimizer):
+        step(optimizer)
+        calls.append(1)
+        if len(calls) == 5:
+            optimizer.param_groups[0]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(empssl.LARS, "step", poison)
+    with pytest.raises(SystemExit) as stop:
+        empssl.main([*SHAPES, "--epochs", "4", "--name", "broken", "--save-every", "0"])
+    assert stop.value.code == 1
+    assert torch.load("runs/broken/checkpoint.pt", weights_only=True)["step"] == 4
