@@ -1,8 +1,6 @@
 """`python -m study.baselines`."""
 
-from study.baselines import METHODS, Config, main
-
-__all__ = ["METHODS", "Config", "main"]
+from study.baselines import main
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,7 @@ import empssl
 from empssl_support.cli import Stopped, UsageError, human_time
 from empssl_support.runs import records
 from empssl_support.settings import RUNS, read_settings
-from study.baselines import __main__ as baselines
+from study import baselines
 from study.experiments.records import keep, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,11 +49,9 @@ class Recipe(NamedTuple):
     def settings(self) -> empssl.Config:
         """With those of its preset and its method."""
         arguments = self.arguments()
-        if "--method" not in arguments:
-            return read_settings(empssl.Config, empssl.PRESETS, arguments, "")
-        published = baselines.METHODS[arguments[arguments.index("--method") + 1]]
-        presets = {name: preset | published for name, preset in empssl.PRESETS.items()}
-        return read_settings(baselines.Config, presets, arguments, "")
+        if "--method" in arguments:
+            return baselines.settings(arguments)
+        return read_settings(empssl.Config, empssl.PRESETS, arguments, "")
 
     def is_of(self, stored: dict) -> bool:
         """Whether a stored run is of this recipe. What is None is the data set's to say."""
