@@ -46,13 +46,19 @@ def extract_patches_ref(
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     params = params.to(device, compute).flatten(0, 1)  # (n*b, K)
     index = index.to(device).repeat(n)  # (n*b,)
-    shape = (n * b, 3, s, s)
-    out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-    pixels = max(s * s, images.shape[2] * images.shape[3])
+    out = torch.empty(
+        (n * b, 3, s, s),
+        dtype=dtype,
+        device=device,
+        memory_format=torch.channels_last,
+    )
+    _, _, H, W = images.shape
+    pixels = max(s * s, H * W)
     chunk = max(1, CHUNK.get(device.type, 2**24) // pixels)
     for rows in torch.arange(n * b, device=device).split(chunk):
         x = images[index[rows]].to(compute) / 255  # (P, 3, H, W) in [0, 1]
-        p = dict(zip(COLUMNS, params[rows].unbind(1), strict=True))  # each (P,)
+        columns = params[rows].unbind(1)  # each (P,)
+        p = dict(zip(COLUMNS, columns, strict=True))
         out[rows] = augmented(x, p, s).to(dtype)
     return out
 
@@ -60,16 +66,21 @@ def extract_patches_ref(
 def augmented(x: Tensor, p: dict[str, Tensor], s: int) -> Tensor:
     """Images `(P, 3, H, W)` in [0, 1] and the numbers of a patch of each -> `(P, 3, s, s)`."""
     # Crop, resize and flip are one product with a matrix on either side of the image.
-    down = crop_weights(p["top"], p["height"], x.shape[2], s)  # (P, s, H)
-    across = crop_weights(p["left"], p["width"], x.shape[3], s)  # (P, s, W)
+    _, _, H, W = x.shape
+    down = crop_weights(p["top"], p["height"], H, s)  # (P, s, H)
+    across = crop_weights(p["left"], p["width"], W, s)  # (P, s, W)
     across = torch.where(per_pixel(p["flip"] > 0, 3), across.flip(1), across)
     x = rows_and_columns(down, x, across)  # (P, 3, s, s)
 
     # Jitter: four steps, and in each of them every patch has the operation of its own order.
-    for operation_of_patch in ORDERS.to(x.device)[p["order"].long()].unbind(1):
+    orders = ORDERS.to(x.device)
+    order = orders[p["order"].long()]  # (P, 4)
+    for operation_of_patch in order.unbind(1):
         for operation, (name, neutral, change) in enumerate(JITTER):
-            here = (operation_of_patch == operation) & (p[name] != neutral)
-            x[here] = change(x[here], per_pixel(p[name][here]))
+            acts = p[name] != neutral
+            here = acts & (operation_of_patch == operation)
+            factor = per_pixel(p[name][here])
+            x[here] = change(x[here], factor)
 
     x = torch.where(per_pixel(p["grey"] > 0), greyscale(x), x)
 
@@ -77,8 +88,9 @@ def augmented(x: Tensor, p: dict[str, Tensor], s: int) -> Tensor:
     blur = blur_weights(p["sigma"][here], s)  # (P', s, s)
     x[here] = rows_and_columns(blur, x[here], blur)
 
+    solarized = per_pixel(p["solarize"] > 0)
     bright = x >= 128 / 255
-    x = torch.where(per_pixel(p["solarize"] > 0) & bright, 1 - x, x)
+    x = torch.where(solarized & bright, 1 - x, x)
     return x * 2 - 1
 
 
@@ -90,7 +102,9 @@ def per_pixel(value: Tensor, ndim: int = 4) -> Tensor:
 def rows_and_columns(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
     """`down @ x @ across^T`: `(P, s, H), (P, 3, H, W), (P, s, W) -> (P, 3, s, s)`."""
     P, C, H, W = x.shape
-    x = torch.bmm(x.reshape(P, C * H, W), across.mT).view(P, C, H, across.shape[1])
+    rows = x.reshape(P, C * H, W)
+    x = torch.bmm(rows, across.mT)  # (P, C*H, s)
+    x = x.view(P, C, H, -1)
     return torch.matmul(down.unsqueeze(1), x)
 
 
@@ -100,29 +114,39 @@ def crop_weights(start: Tensor, length: Tensor, side: int, s: int) -> Tensor:
     `(P,), (P,) -> (P, s, side)`. Bilinear, antialiased when shrinking: the triangle filter of
     torchvision's `resize(..., antialias=True)`.
     """
-    scale = (length / s).view(-1, 1, 1)
-    place = torch.arange(s, device=start.device, dtype=start.dtype).view(1, -1, 1)
+    start, length = per_pixel(start, 3), per_pixel(length, 3)  # (P, 1, 1)
+    scale = length / s
+    place = torch.arange(s, device=start.device, dtype=start.dtype)
+    place = place.view(1, s, 1)
     centre = (place + 0.5) * scale  # of an output pixel, measured in the crop: (P, s, 1)
     pixel = torch.arange(side, device=start.device, dtype=start.dtype)
-    pixel = pixel - start.view(-1, 1, 1)  # of the image, measured in the crop: (P, 1, side)
-    weight = 1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)
-    inside = (pixel >= 0) & (pixel < length.view(-1, 1, 1))
-    weight = torch.where(inside, weight.clamp(min=0), 0.0)
+    pixel = pixel - start  # of the image, measured in the crop: (P, 1, side)
+    distance = (pixel + 0.5 - centre).abs()
+    weight = 1 - distance / scale.clamp(min=1)
+    weight = weight.clamp(min=0)
+    inside = (pixel >= 0) & (pixel < length)
+    weight = torch.where(inside, weight, 0.0)
     return weight / weight.sum(-1, keepdim=True)
 
 
 def blur_weights(sigma: Tensor, s: int, radius: int = 6) -> Tensor:
     """Rows that blur s pixels: 13 Gaussian taps, reflected at the borders, `(P,) -> (P, s, s)`."""
+    P = len(sigma)
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.softmax(-0.5 * (tap / sigma.view(-1, 1)) ** 2, dim=1)  # (P, 13)
+    exponent = -0.5 * (tap / sigma.view(P, 1)) ** 2
+    weight = torch.softmax(exponent, dim=1)  # (P, 13)
+    weight = weight.unsqueeze(1).expand(P, s, -1)
+
     # Which pixel each tap meets: walk back and forth between the two borders.
     period = max(2 * (s - 1), 1)
-    pixel = torch.arange(s, device=sigma.device).view(-1, 1) + tap  # (s, 13)
+    pixel = torch.arange(s, device=sigma.device)
+    pixel = pixel.view(s, 1) + tap  # (s, 13)
     pixel = pixel.remainder(period)
-    pixel = torch.minimum(pixel, period - pixel).clamp(max=s - 1)
-    pixel = pixel.expand(len(sigma), -1, -1)  # (P, s, 13)
-    rows = torch.zeros(len(sigma), s, s, dtype=sigma.dtype, device=sigma.device)
-    return rows.scatter_add_(2, pixel, weight.unsqueeze(1).expand(-1, s, -1))
+    pixel = torch.minimum(pixel, period - pixel)
+    pixel = pixel.clamp(max=s - 1).expand(P, s, -1)
+
+    rows = torch.zeros(P, s, s, dtype=sigma.dtype, device=sigma.device)
+    return rows.scatter_add_(2, pixel, weight)
 
 
 # ---- colour: x (P, 3, s, s) in [0, 1], a factor or shift (P, 1, 1, 1) of each patch ----
@@ -160,13 +184,16 @@ def rotate_hue(x: Tensor, shift: Tensor) -> Tensor:
     value = x.amax(1)
     chroma = value - x.amin(1)
     c = torch.where(chroma > 0, chroma, 1.0)
-    hue = torch.where(value == green, 2 + (blue - red) / c, 4 + (red - green) / c)
+    hue = 4 + (red - green) / c
+    hue = torch.where(value == green, 2 + (blue - red) / c, hue)
     hue = torch.where(value == red, (green - blue) / c, hue)
-    hue = torch.where(chroma > 0, hue, 0.0) + 6 * shift.squeeze(1)
+    hue = torch.where(chroma > 0, hue, 0.0)
+    hue = hue + 6 * shift.squeeze(1)
     channels = []
     for offset in (5, 3, 1):  # red, green, blue
         k = (hue + offset).remainder(6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+        share = torch.minimum(k, 4 - k).clamp(0, 1)
+        channels.append(value - chroma * share)
     return torch.stack(channels, 1)
 
 

@@ -87,7 +87,10 @@ def bench_patches(device, b=100, n=20, s=32) -> list[dict]:
     rows = rows_of("extract_patches", calls, device, patches=n * b, s=s)
 
     pipeline = torchvision_pipeline(s)
-    calls = {"torchvision v2, patch by patch": lambda i: [pipeline(x) for x in batch[:b]]}
+    images = batch[:b]
+    calls = {
+        "torchvision v2, patch by patch": lambda i: [pipeline(image) for image in images],
+    }
     rows += rows_of("extract_patches", calls, device, patches=b, s=s)
 
     # torch.set_num_threads spoils batched LU (pytorch/pytorch#141358): in a process of its own.
@@ -98,12 +101,15 @@ def bench_patches(device, b=100, n=20, s=32) -> list[dict]:
 
 def bench_patches_on_one_core(b, n, s) -> list[dict]:
     cpu = torch.device("cpu")
-    calls = {"this op, float32, one core": cutting(empssl.extract_patches, cpu, b, n, s)}
+    calls = {
+        "this op, float32, one core": cutting(empssl.extract_patches, cpu, b, n, s),
+    }
     rows = rows_of("extract_patches", calls, cpu, patches=n * b, s=s)
     pictures = [v2.functional.to_pil_image(torch.rand(3, 32, 32)) for _ in range(b)]
     pipeline = torchvision_pipeline(s, on_pil=True)
-    name = "PIL, the official pipeline, one core"
-    calls = {name: lambda i: [pipeline(picture) for picture in pictures]}
+    calls = {
+        "PIL, the official pipeline, one core": lambda i: [pipeline(x) for x in pictures],
+    }
     return rows + rows_of("extract_patches", calls, cpu, patches=b, s=s)
 
 
@@ -169,12 +175,18 @@ def bench_common_part(device, b=100, n=200, s=16) -> list[dict]:
 def official_loop(z: Tensor, eps2: float = 0.2) -> Tensor:
     n, b, d = z.shape
     identity = torch.eye(d, dtype=z.dtype, device=z.device)
-    return sum(torch.logdet(identity + d / (b * eps2) * Z.T @ Z) for Z in z) / (2 * n)
+    R = 0
+    for Z in z:
+        covariance = d / (b * eps2) * Z.T @ Z
+        R = R + torch.logdet(identity + covariance) / 2
+    return R / n
 
 
 def small_cholesky(z: Tensor, eps2: float = 0.2) -> Tensor:
     n, b, d = z.shape
-    L = torch.linalg.cholesky(torch.eye(b, device=z.device) + d / (b * eps2) * z @ z.mT)
+    identity = torch.eye(b, device=z.device)
+    gram = d / (b * eps2) * z @ z.mT
+    L = torch.linalg.cholesky(identity + gram)
     return L.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
 
 
@@ -209,9 +221,11 @@ def bench_coding_rate(device, n, b=100, d=1024) -> list[dict]:
 def bench_logdet(device, k) -> list[dict]:
     """20 matrices of k rows, by the op and by LAPACK or cuSOLVER: where do they catch up?"""
     X = torch.randn(20, k, k, device=device)
-    A = X @ X.mT / k + torch.eye(k, device=device)
-    for ours, exact in zip(empssl.logdet_spd(A), ops.logdet_spd_ref(A.double()), strict=True):
-        verify("logdet_spd", ours, exact)
+    identity = torch.eye(k, device=device)
+    A = X @ X.mT / k + identity
+    exact = ops.logdet_spd_ref(A.double())
+    for ours, truth in zip(empssl.logdet_spd(A), exact, strict=True):
+        verify("logdet_spd", ours, truth)
     calls = {
         f"this op, {k} rows": lambda i: empssl.logdet_spd(A),
         f"torch.linalg, {k} rows": lambda i: ops.logdet_spd_ref(A),

@@ -28,7 +28,8 @@ OPERATIONS_A_PIXEL = 115
 def seconds_of_parts(config: empssl.Config, encoder, images: torch.Tensor) -> list[float]:
     """Medians over eight steps of `empssl.train`, after two others."""
     n, b = config.patches, config.batch
-    device, dtype = images.device, empssl.dtype_of_patches(config.precision)
+    device = images.device
+    dtype = empssl.dtype_of_patches(config.precision)
     augmentation = empssl.training_augmentation(config, (32, 32))
     objective = empssl.Objective(config.lam, config.eps2)
     optimizer = empssl.new_optimizer(config, list(encoder.parameters()))
@@ -51,7 +52,8 @@ def seconds_of_parts(config: empssl.Config, encoder, images: torch.Tensor) -> li
         lap()
         # The loss and its gradient, down to the embeddings and no further.
         leaf = z.detach().requires_grad_()
-        objective(leaf, x, index)[0].backward()
+        loss, _ = objective(leaf, x, index)
+        loss.backward()
         lap()
         optimizer.zero_grad()
         z.backward(leaf.grad)
@@ -66,7 +68,8 @@ def floors(config: empssl.Config, encoder, device: torch.device) -> list[float]:
     """The least seconds that each part could take on this machine."""
     n, b, d, s = config.patches, config.batch, config.dim, config.patch_size
     dtype = empssl.dtype_of_patches(config.precision)
-    bandwidth, float32_rate = copy_rate(device), product_rate(device, torch.float32)
+    bandwidth = copy_rate(device)
+    float32_rate = product_rate(device, torch.float32)
     # A GPU's float32 convolutions are TF32 products.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     rate = product_rate(device, dtype)
@@ -74,7 +77,8 @@ def floors(config: empssl.Config, encoder, device: torch.device) -> list[float]:
     sampling = median_seconds(lambda i: torch.rand(16, n, b), torch.device("cpu"))
 
     x = torch.zeros(n * b, 3, s, s, dtype=dtype, device=device)
-    patches = max(x.nbytes / bandwidth, n * b * s * s * OPERATIONS_A_PIXEL / float32_rate)
+    operations = n * b * s * s * OPERATIONS_A_PIXEL
+    patches = max(x.nbytes / bandwidth, operations / float32_rate)
     with FlopCounterMode(display=False) as counter, empssl.autocast(device, config.precision):
         encoder(x)
     forward = counter.get_total_flops() / rate
@@ -82,7 +86,8 @@ def floors(config: empssl.Config, encoder, device: torch.device) -> list[float]:
     # The Gram matrix and its gradient, Cholesky and inverse; z is read twice, its gradient written.
     k, m = min(b, d), max(b, d)
     operations = n * (4 * k * k * m + k**3)
-    loss = max(operations / float32_rate, 3 * n * b * d * 4 / bandwidth)
+    moved = 3 * n * b * d * 4
+    loss = max(operations / float32_rate, moved / bandwidth)
 
     # Backward goes to the inputs and to the weights. The optimizer takes norms, then reads and
     # writes weight, gradient and momentum.
