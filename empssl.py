@@ -6,7 +6,10 @@ image together, and keep the batch spread out:
     maximise  R + lambda * D
 
     R = mean over patches i of  1/2 log det(I + d / (b eps^2) Z_i^T Z_i)     Total Coding Rate
-    D = mean over patches i and images j of  cos(z_ij, mean_i z_ij)          invariance
+    D = mean over patches i and images j of  cos(z_ij, m_j)                  invariance
+
+where Z_i (b, d) are the embeddings of the i-th patch of each image, and m_j is the mean of the
+embeddings of image j's patches.
 
 This file is the whole method, in the paper's order: settings, patches, encoder, loss, optimizer,
 training, evaluation, command line. `empssl_support/` holds what it needs and need not explain.
@@ -79,8 +82,8 @@ __all__ = [
 
 
 # ---- Settings -----------------------------------------------------------------------------------
-# Every field is a flag, `--patch-size` and so on. The defaults are the paper's recipe; a preset is
-# a set of other defaults.
+# Every field is a flag, `--patch-size` and so on. The defaults are the recipe of the paper's code
+# with 20 patches an image; those of the evaluation are ours. A preset is a set of other defaults.
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Config:
 
     # The data.
     dataset: str = flag("cifar10", "data set", choices=DATASETS)
-    data_dir: str = flag("data", "where CIFAR is or goes to; the folder itself for image folders")
+    data_dir: str = flag("data", "folder that CIFAR is downloaded to, or your folder of images")
     image_size: int = flag(None, "side that a folder's images are brought to, in pixels")
     subset: int = flag(None, "use this many training images, chosen by the seed")
 
@@ -99,8 +102,8 @@ class Config:
     )
     epochs: int = flag(1, "passes over the training images; the cosine ends with the last", least=1)
     patches: int = flag(20, "n, patches an image", least=1)
-    patch_size: int = flag(None, "s, side of a patch in pixels (as large as the image)", least=1)
-    augmentation: str = flag("paper", "of the training patches", choices=("paper", "light"))
+    patch_size: int = flag(None, "s, side of a patch in pixels (the image's, at most 224)", least=1)
+    augmentation: str = flag("paper", "how patches are recoloured", choices=("paper", "light"))
     batch: int = flag(100, "b, images a batch", least=1)
     lam: float = flag(200.0, "lambda, the weight of the invariance", least=0)
     eps2: float = flag(0.2, "epsilon squared, the distortion of the coding rate", above=0)
@@ -108,7 +111,7 @@ class Config:
     hidden: int = flag(4096, "width of the representation, the features that are probed", least=1)
     projector: int = flag(4096, "width between the representation and the embedding", least=1)
     dim: int = flag(1024, "d, width of the embedding", least=1)
-    optimizer: str = flag("lars", "of every weight", choices=("lars", "sgd", "adamw"))
+    optimizer: str = flag("lars", "what updates the weights", choices=("lars", "sgd", "adamw"))
     lr: float = flag(0.3, "learning rate at the start", above=0)
     weight_decay: float = flag(1e-4, "weight decay; with LARS not of biases and BatchNorm", least=0)
     eta: float = flag(0.005, "trust coefficient of LARS", least=0)
@@ -157,10 +160,10 @@ PRESETS = {
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """Chance as a function of (seed, purpose, step).
+    """A generator of random numbers that (seed, purpose, step) determine.
 
-    So there is no state to save, and every device and process draws the same. PyTorch's CPU
-    generator keeps 32 bits of its seed, hence a hash of the three rather than their sum.
+    So there is no state to save, and every process draws the same. PyTorch's CPU generator keeps
+    32 bits of its seed, hence a hash of the three rather than their sum.
     """
     digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -175,8 +178,9 @@ def dtype_of_patches(precision: str) -> torch.dtype:
 
 
 # ---- Patches (paper section 3.1) ----------------------------------------------------------------
-# `sample_patches` draws the numbers that describe each patch, and is all the chance there is.
-# `extract_patches` is a pure function of them; empssl_support/pixels.py has it in plain PyTorch.
+# `sample_patches` draws the numbers that describe each patch; nothing else about patches is random.
+# `extract_patches` is a pure function of them: (n*b, 3, s, s), patch-major. It is compiled;
+# empssl_support/pixels.py is the same in plain PyTorch.
 
 
 @dataclass
@@ -200,7 +204,7 @@ class Augmentation:
     hue: float = 0.2  # shift uniform in [-0.2, 0.2] of the colour circle
     grey: float = 0.2  # probability
     blur: float = 0.1  # probability
-    sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels of the patch, uniform; 13 taps
+    sigma: tuple[float, float] = (0.1, 2.0)  # of the 13x13 blur, in pixels, uniform
     solarize: float = 0.1  # probability; inverts values from 128/255 up
 
     def __post_init__(self):
@@ -219,9 +223,9 @@ class Augmentation:
 
 
 def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmentation:
-    """Of `--augmentation`; large images have crops of other ratios too, as in the paper.
+    """What `--augmentation` names; large images have crops of other ratios too, as in the paper.
 
-    "light" suits small encoders: less colour, no blur, no solarizing.
+    "light" suits small encoders: colours change less, nothing is blurred or solarized.
     """
     ratio = (1.0, 1.0) if max(image_size) <= 64 else (3 / 4, 4 / 3)
     if config.augmentation == "light":
@@ -241,13 +245,14 @@ def sample_patches(
     Returns float32 `(n, b, K)` on the CPU, with columns as in `empssl_support.pixels.COLUMNS`. What
     does not act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of
     whole pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut
-    to the image, where torchvision draws again. A list holds one augmentation for each patch.
+    to the image, where torchvision draws again. A list holds an augmentation for each of n patches.
     """
     if isinstance(augmentation, list):
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
-    chance = iter(torch.rand(16, n, b, generator=generator))  # an (n, b) for each choice below
+    # Uniform numbers, an (n, b) for each of the fifteen choices below, and one to spare.
+    chance = iter(torch.rand(16, n, b, generator=generator))
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * next(chance)
@@ -289,13 +294,15 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     k = math.isqrt(n)
     if k * k != n:
         raise UsageError(f"{n} patches make no even grid; give a square such as 1, 4, 9 or 16.")
-    params = sample_patches(b, n, image_size, Augmentation.none(), generator(0, "grid", 0))
-    even = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
-    down = even.repeat_interleave(k).view(n, 1)
-    across = even.repeat(k).view(n, 1)
-    height, width = params[..., 2], params[..., 3]  # (n, b)
-    params[..., 0] = (down * (H - height)).round()  # top
-    params[..., 1] = (across * (W - width)).round()  # left
+    side = round(math.sqrt(H * W / 4))
+    height, width = min(side, H), min(side, W)
+    places = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
+    params = torch.zeros(n, b, ops.K)
+    params[..., 0] = (places.repeat_interleave(k) * (H - height)).round().view(n, 1)  # top
+    params[..., 1] = (places.repeat(k) * (W - width)).round().view(n, 1)  # left
+    params[..., 2] = height
+    params[..., 3] = width
+    params[..., 5:8] = 1  # brightness, contrast and saturation stay as they are
     return params
 
 
@@ -370,7 +377,10 @@ def resnet18_backbone(patch_size: int, drop_last_stage: bool) -> tuple[nn.Module
 
 
 def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
-    """An encoder with the weights of `config.seed`; of the random state outside nothing changes."""
+    """An encoder whose first weights `config.seed` determines.
+
+    The CPU's global random state is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = kind(
@@ -394,7 +404,7 @@ def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -
 def load(path: str | Path, device: str = "cpu") -> Encoder:
     """The encoder of a run, from its `encoder.pt`, in eval mode.
 
-    Raises `UsageError` where the file is none that this program saved.
+    Raises `UsageError` where the file was not saved by this program.
     """
     saved = read_encoder(path)
     try:
@@ -432,7 +442,8 @@ def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
 def invariance(z: Tensor) -> Tensor:
     """`D` of `z (n, b, d)`: the mean cosine between a patch and the mean of its image's patches.
 
-    In [0, 1] where rows are unit. The mean is part of the graph: there is no stop-gradient.
+    For unit rows it equals the mean length of those means, so it lies in [0, 1]. The mean is part
+    of the graph: there is no stop-gradient.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
@@ -447,8 +458,8 @@ def at_least_float32(z: Tensor) -> Tensor:
 class Objective(nn.Module):
     """What training minimises, `-(R + lambda D)`, and the two terms with their own signs.
 
-    `train` calls it with the embeddings z (n, b, d), their patches x (n*b, 3, s, s) and the images'
-    numbers in the data set, index (b,); other methods put their own in its place.
+    `train` calls it with the embeddings z (n, b, d), this process's patches x (n*b, 3, s, s), and
+    the images' numbers in the data set, index (b,). Other methods put their own in its place.
     """
 
     def __init__(self, lam: float = 200.0, eps2: float = 0.2):
@@ -474,14 +485,14 @@ def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
 class LARS(torch.optim.Optimizer):
     """SGD with Nesterov momentum, on gradients that LARS has scaled.
 
-    Of a weight p with gradient g, for tensors of more than one dimension:
+    Of a weight p with gradient g, for tensors whose number of dimensions is not 1:
 
         trust = eta |p| / (|g| + weight_decay |p| + 1e-8)
         g <- (g + weight_decay p) min(trust / lr, 1),   or g itself where |p| or |g| is 0
 
     Tensors of one dimension (biases, BatchNorm) have plain SGD without decay. With the clip at 1 a
-    tensor's rate is min(trust, lr): where trust is the smaller, a step's length is about eta |p|,
-    whatever |g|, and lr is only a cap.
+    tensor's rate is min(trust, lr): where trust is the smaller, lr times the scaled gradient has
+    about the length eta |p|, whatever |g|, and lr is only a cap.
     """
 
     def __init__(
@@ -556,8 +567,8 @@ def train(
 
     images `(N, 3, H, W)` uint8. An epoch's images that do not fill a batch are left out. The `Run`
     logs, saves, and goes on from its checkpoint. Under torchrun each process cuts and encodes its
-    share of a batch's images, and the loss is of all b. Returns the last terms of the loss (R, D),
-    `train_seconds` and `patches_seen`. Raises `UsageError` where b > N, and as `Run.after_step`.
+    share of a batch; the loss and its gradient are of all b. Returns the last R and D, and seconds
+    and patches. Raises `UsageError` where b > N, and `Stopped` or `FloatingPointError` as `Run`.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
@@ -579,7 +590,7 @@ def train(
         epoch, i = divmod(t, steps)
         if i == 0 or t == first:
             order = torch.randperm(N, generator=generator(seed, "order", epoch))
-            encoder.train()
+            encoder.train()  # an evaluation at the epoch's end leaves it in eval mode
         index = order[i * b : (i + 1) * b]  # (b,)
 
         # Cut n augmented patches from each image.
@@ -617,20 +628,20 @@ def embed(
     """The bag of patches: each image's representation, averaged over its patches.
 
     images `(N, 3, H, W)` uint8 -> `(N, hidden)` float32, on the encoder's device. Patches are crops
-    on an even grid or, with an `augmentation`, drawn; each is encoded apart. With `quadrants` the
-    grid's four quadrants are averaged apart and stand side by side, `(N, 4 * hidden)`: top left,
-    top right, bottom left, bottom right. The encoder is put into eval mode. Raises `UsageError`
-    where `patches` makes no even grid, and for quadrants of anything but a grid of even side.
+    on an even grid or, with an `augmentation`, drawn, on a GPU others than on a CPU. Each is
+    encoded apart. With `quadrants` the grid's four quadrants are averaged apart and stand side by
+    side, `(N, 4 * hidden)`: top left, top right, bottom left, bottom right. Puts the encoder into
+    eval mode. Raises `UsageError` where `patches` makes no such grid, or no quadrants.
     """
     k = math.isqrt(patches)
     if quadrants and (augmentation or k % 2):
-        raise UsageError("quadrants are of an even grid; give 4, 16 or 36 patches on a grid.")
+        raise UsageError("quadrants need a grid of even side; give 4, 16 or 36 patches on a grid.")
     encoder.eval()
     device = next(encoder.parameters()).device
     s = encoder.architecture["patch_size"]
     N, _, *image_size = images.shape
     width = encoder.architecture["hidden"] * (4 if quadrants else 1)
-    features = torch.zeros(N, width, device=device)
+    bags = torch.zeros(N, width, device=device)
 
     # As many images at once as keep a CPU's cache, or a GPU, busy; each process has its share.
     at_once = max(1, 2 ** (19 if device.type == "cpu" else 23) // (patches * s * s))
@@ -650,10 +661,10 @@ def embed(
         # The mean over its patches is an image's bag of patches.
         if quadrants:
             h = h.unflatten(0, (2, k // 2, 2, k // 2)).mean((1, 3))  # (2, 2, b, hidden)
-            features[index] = h.permute(2, 0, 1, 3).flatten(1)  # (b, 4 * hidden)
+            bags[index] = h.permute(2, 0, 1, 3).flatten(1)  # (b, 4 * hidden)
         else:
-            features[index] = h.mean(0)  # (b, hidden)
-    return sum_over_processes(features)
+            bags[index] = h.mean(0)  # (b, hidden)
+    return sum_over_processes(bags)
 
 
 def linear_probe(
@@ -670,7 +681,7 @@ def linear_probe(
 
     Features `(N, width)`, labels `(N,)` int64. The official protocol: SGD with momentum 0.9 and
     weight decay 5e-5, a cosine to 0. Unlike the official code, the accuracy is that of the last
-    epoch, not the best one seen on the test data, and no training feature is left out.
+    epoch, not the best one seen on the test data, and the last, smaller batch is kept.
     """
     device = train_features.device
     y, test_labels = train_labels.to(device), test_labels.to(device)
@@ -723,7 +734,7 @@ def knn_probe(
 
 
 class Features(NamedTuple):
-    """Of a split's images: what the linear probe and kNN are about."""
+    """A split's features, as the probes take them."""
 
     bag: Tensor  # (N, hidden), the bag of patches
     quadrants: Tensor | None  # (N, 4 * hidden), where the patches are on a grid of even side
@@ -741,7 +752,7 @@ def features(encoder: Encoder, images: Tensor, config: Config) -> Features:
 
 
 def probe(train: Features, test: Features, data: Dataset) -> dict:
-    """Test accuracies of frozen features; under torchrun process 0 finds them out."""
+    """Test accuracies of frozen features; under torchrun process 0 computes them."""
     y, test_y = data.train_labels, data.test_labels
     top1, top5 = from_first(lambda: linear_probe(train.bag, y, test.bag, test_y))
     record = {"linear_top1": top1, "linear_top5": top5}
@@ -755,16 +766,17 @@ def probe(train: Features, test: Features, data: Dataset) -> dict:
 def probe_without_training(data: Dataset, config: Config) -> dict:
     """kNN of the untrained encoder's features and of raw pixels: what learning has to beat."""
     encoder = untrained_encoder(config, data.train_images)
-    train, test = features_of_splits(encoder, data, config)
     y, test_y = data.train_labels, data.test_labels
-    untrained = from_first(lambda: knn_probe(train.bag, y, test.bag, test_y))
+    h = features(encoder, data.train_images, config).bag
+    test_h = features(encoder, data.test_images, config).bag
+    untrained = from_first(lambda: knn_probe(h, y, test_h, test_y))
     return {"untrained_knn_top1": untrained, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
 
 
-def probe_pixels(data: Dataset, probe) -> float:
-    """A probe of the images themselves, at most 32 pixels a side."""
-    train, test = raw_pixels(data.train_images), raw_pixels(data.test_images)
-    return from_first(lambda: probe(train, data.train_labels, test, data.test_labels))
+def probe_pixels(data: Dataset, probe):
+    """What `linear_probe` or `knn_probe` says of the images themselves, at most 32x32 pixels."""
+    x, test_x = raw_pixels(data.train_images), raw_pixels(data.test_images)
+    return from_first(lambda: probe(x, data.train_labels, test_x, data.test_labels))
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -793,7 +805,7 @@ def untrained_encoder(config: Config, images: Tensor) -> Encoder:
 
 
 def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
-    """A cheap sign of progress: kNN within the training images, 1,000 of them against 5,000."""
+    """A cheap sign of progress: kNN within the training images, 1,000 against 5,000 others."""
     queries = min(1000, len(data.train_images) // 6)
     if data.train_labels is None or queries == 0:
         return {}
@@ -834,16 +846,15 @@ def launch(config: Config, method=method) -> dict:
     data = first_process_first(lambda: load_data(config))
 
     # What cannot work is refused here, before anything is written.
-    training = not (config.checkpoint or config.eval_only)
-    if training:
+    trains = not (config.checkpoint or config.eval_only)
+    if trains:
         encoder, augmentation, objective = method(config, data)
     elif config.checkpoint:
         encoder = load(config.checkpoint, config.device)
     else:
         encoder = untrained_encoder(config, data.train_images)
-    if config.checkpoint and not config.eval_only:
-        train, test = features_of_splits(encoder, data, config)
-        export(config.export_features, train, test, data)
+    if config.checkpoint and not config.eval_only:  # for --export-features alone
+        export(config.export_features, *features_of_splits(encoder, data, config), data)
         return {}
 
     about = dataclasses.asdict(config) | provenance(config.device)
@@ -852,13 +863,16 @@ def launch(config: Config, method=method) -> dict:
         if record := folder.finished():
             return record
         record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
-        if training:
+        if trains:
             record = train_in(folder, config, data, encoder, augmentation, objective)
         return folder.finish(record | results(folder, encoder, data, config))
 
 
 def load_data(config: Config) -> Dataset:
-    """The data set on the run's device, if it fits; completes and checks what depends on it."""
+    """The data set on the run's device, if it fits.
+
+    Settles `config.patch_size`, and refuses settings that do not fit the data.
+    """
     data = load_dataset(
         config.dataset, config.data_dir, config.image_size, config.subset, config.seed
     )
@@ -910,11 +924,11 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
         record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
     else:
         record |= probe_without_training(data, config)
-    print(", ".join(f"{SAID[key]} {value:.4f}" for key, value in record.items() if key in SAID))
+    print(", ".join(f"{LABELS[key]} {value:.4f}" for key, value in record.items() if key in LABELS))
     return record | {"probe_seconds": time.perf_counter() - started}
 
 
-SAID = {
+LABELS = {
     "linear_top1": "bag of patches: linear probe",
     "linear_top5": "top-5",
     "quadrants_top1": "of the quadrants",
@@ -928,7 +942,7 @@ SAID = {
 def features_of_splits(
     encoder: Encoder, data: Dataset, config: Config
 ) -> tuple[Features, Features | None]:
-    """Of the training and the test images; without labels there are no test images."""
+    """Features of the training and the test images; without labels there are no test images."""
     train = features(encoder, data.train_images, config)
     test = None if data.test_images is None else features(encoder, data.test_images, config)
     return train, test
@@ -994,7 +1008,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def command() -> None:
-    """The console command `empssl`."""
+    """The console command `empssl`, which would exit with what it returned."""
     main()
 
 

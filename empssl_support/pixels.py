@@ -104,7 +104,7 @@ def rows_and_columns(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
     P, C, H, W = x.shape
     rows = x.reshape(P, C * H, W)
     x = torch.bmm(rows, across.mT)  # (P, C*H, s)
-    x = x.view(P, C, H, -1)
+    x = x.view(P, C, H, across.shape[1])
     return torch.matmul(down.unsqueeze(1), x)
 
 

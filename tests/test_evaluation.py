@@ -80,7 +80,7 @@ def test_quadrants_are_the_means_of_the_grids_quadrants_side_by_side(encoder):
 
 @pytest.mark.parametrize("how", [{"patches": 9}, {"patches": 1}, {"augmentation": Augmentation()}])
 def test_what_has_no_quadrants(how, encoder):
-    with pytest.raises(ValueError, match="quadrants are of an even grid"):
+    with pytest.raises(ValueError, match="quadrants need a grid of even side"):
         embed(encoder, some_images(2), quadrants=True, **how)
 
 
