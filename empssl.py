@@ -294,7 +294,7 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     k = math.isqrt(n)
     if k * k != n:
         raise UsageError(f"{n} patches make no even grid; give a square such as 1, 4, 9 or 16.")
-    side = round(math.sqrt(H * W / 4))
+    side = max(1, round(math.sqrt(H * W / 4)))
     height, width = min(side, H), min(side, W)
     places = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
     params = torch.zeros(n, b, ops.K)

@@ -100,6 +100,14 @@ def test_the_grid_is_even_and_the_same_for_each_image(n, tops, lefts):
     assert (params[..., 2:] == params[0, 0, 2:]).all() and (params == params[:, :1]).all()
 
 
+@pytest.mark.parametrize("image_size", [(1, 1), (1, 5), (3, 2), (33, 31)])
+def test_the_grid_of_any_image_lies_inside_it(image_size):
+    top, left, height, width = empssl.grid_patches(1, 4, image_size)[:, 0, :4].unbind(-1)
+    assert (height >= 1).all() and (width >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + height).max() == image_size[0] or height.max() == image_size[0]
+    assert (left + width <= image_size[1]).all()
+
+
 def test_embed_keeps_the_order_of_many_images(encoder):
     images = some_images(1100, 1).expand(-1, 3, 16, 16)  # more than a batch
     h = embed(encoder, images, patches=4)
