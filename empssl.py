@@ -751,15 +751,15 @@ def features(encoder: Encoder, images: Tensor, config: Config) -> Features:
     return Features(quadrants.unflatten(1, (4, -1)).mean(1), quadrants)
 
 
-def probe(train: Features, test: Features, data: Dataset) -> dict:
+def probe(train_h: Features, test_h: Features, data: Dataset) -> dict:
     """Test accuracies of frozen features; under torchrun process 0 computes them."""
     y, test_y = data.train_labels, data.test_labels
-    top1, top5 = from_first(lambda: linear_probe(train.bag, y, test.bag, test_y))
+    top1, top5 = from_first(lambda: linear_probe(train_h.bag, y, test_h.bag, test_y))
     record = {"linear_top1": top1, "linear_top5": top5}
-    if train.quadrants is not None:
-        wide = from_first(lambda: linear_probe(train.quadrants, y, test.quadrants, test_y))
+    if train_h.quadrants is not None:
+        wide = from_first(lambda: linear_probe(train_h.quadrants, y, test_h.quadrants, test_y))
         record["quadrants_top1"] = wide[0]
-    record["knn_top1"] = from_first(lambda: knn_probe(train.bag, y, test.bag, test_y))
+    record["knn_top1"] = from_first(lambda: knn_probe(train_h.bag, y, test_h.bag, test_y))
     return record
 
 
@@ -773,10 +773,10 @@ def probe_without_training(data: Dataset, config: Config) -> dict:
     return {"untrained_knn_top1": untrained, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
 
 
-def probe_pixels(data: Dataset, probe):
+def probe_pixels(data: Dataset, how):
     """What `linear_probe` or `knn_probe` says of the images themselves, at most 32x32 pixels."""
     x, test_x = raw_pixels(data.train_images), raw_pixels(data.test_images)
-    return from_first(lambda: probe(x, data.train_labels, test_x, data.test_labels))
+    return from_first(lambda: how(x, data.train_labels, test_x, data.test_labels))
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -905,19 +905,19 @@ def train_in(
 def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) -> dict:
     """Probe the encoder, and keep its features in the run's folder."""
     started = time.perf_counter()
-    train, test = features_of_splits(encoder, data, config)
+    train_h, test_h = features_of_splits(encoder, data, config)
     if config.export_features:
-        export(config.export_features, train, test, data)
-    if test is None:
+        export(config.export_features, train_h, test_h, data)
+    if test_h is None:
         print("These images have no labels: their features are kept, and nothing is probed.")
-        kept = {"train_features": train.bag.half(), "files": data.files}
+        kept = {"train_features": train_h.bag.half(), "files": data.files}
         from_first(lambda: write_features(folder.path / "features.npz", **kept))
         return {"probe_seconds": time.perf_counter() - started}
 
-    kept = {"test_features": test.bag.half(), "test_labels": data.test_labels}
+    kept = {"test_features": test_h.bag.half(), "test_labels": data.test_labels}
     kept["classes"] = data.classes
     from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
-    record = probe(train, test, data)
+    record = probe(train_h, test_h, data)
     if config.eval_only and not config.checkpoint:
         # This encoder is the untrained one; what it has to beat is raw pixels.
         top1, _ = probe_pixels(data, linear_probe)
@@ -943,22 +943,22 @@ def features_of_splits(
     encoder: Encoder, data: Dataset, config: Config
 ) -> tuple[Features, Features | None]:
     """Features of the training and the test images; without labels there are no test images."""
-    train = features(encoder, data.train_images, config)
-    test = None if data.test_images is None else features(encoder, data.test_images, config)
-    return train, test
+    train_h = features(encoder, data.train_images, config)
+    test_h = None if data.test_images is None else features(encoder, data.test_images, config)
+    return train_h, test_h
 
 
-def export(path: str, train: Features, test: Features | None, data: Dataset) -> None:
+def export(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
     arrays = {
-        "train_features": train.bag,
+        "train_features": train_h.bag,
         "train_labels": data.train_labels,
-        "test_features": None if test is None else test.bag,
+        "test_features": None if test_h is None else test_h.bag,
         "test_labels": data.test_labels,
         "files": data.files,
         "classes": data.classes or None,
     }
     from_first(lambda: write_features(Path(path), **arrays))
-    print(f"features of {len(train.bag):,} training images written to {path}")
+    print(f"features of {len(train_h.bag):,} training images written to {path}")
 
 
 def announce(config: Config, images: Tensor) -> None:
