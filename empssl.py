@@ -422,21 +422,30 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
 # ---- Loss (paper equations 2 to 4) --------------------------------------------------------------
 
 
-def coding_rate(z: Tensor, eps2: float = 0.2) -> Tensor:
+def coding_rate(
+    z: Tensor, eps2: float = 0.2, scale: float | None = None, reduction: str = "mean"
+) -> Tensor:
     """Total Coding Rate `R` of `z (n, b, d)`, the mean over patches, in nats (equation 2).
 
     `eps2` is the paper's epsilon squared; the official code uses its `--eps` unsquared. Computed in
     float32 or better, whatever z is: a half-precision Gram matrix gives NaN on a nearly collapsed
     batch. NaN where z is not finite.
+
+    For other methods: z may have any leading dimensions, `(..., b, d)`; `scale` stands in the place
+    of d / (b eps2); with `reduction="none"` there is a value a matrix, `(...)`. Raises `ValueError`
+    for another reduction.
     """
-    n, b, d = z.shape
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction is {reduction!r}; give mean or none.")
+    *_, b, d = z.shape
+    scale = d / (b * eps2) if scale is None else scale
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
         # By Sylvester's identity Z Z^T has the same determinant as Z^T Z: take the smaller one.
-        gram = z @ z.mT if b < d else z.mT @ z  # (n, k, k), k = min(b, d)
+        gram = z @ z.mT if b < d else z.mT @ z  # (..., k, k), k = min(b, d)
         identity = torch.eye(min(b, d), dtype=z.dtype, device=z.device)
-        R = 1 / 2 * logdet_spd(identity + d / (b * eps2) * gram)[0]  # (n,)
-        return R.mean()
+        R = 1 / 2 * logdet_spd(identity + scale * gram)[0]  # (...)
+        return R.mean() if reduction == "mean" else R
 
 
 def invariance(z: Tensor) -> Tensor:

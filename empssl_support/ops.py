@@ -228,12 +228,15 @@ def empty_patches(count: int, s: int, dtype: torch.dtype, device: torch.device) 
 def logdet_spd(A: Tensor) -> tuple[Tensor, Tensor]:
     """Log-determinants and inverses of symmetric positive definite matrices.
 
-    `A (n, k, k)` float32 or float64, of which the lower triangle is read -> `(n,)` and `(n, k, k)`.
-    NaN, for that matrix alone, where it is not positive definite. Differentiable in both outputs:
-    the gradient of log det A is the inverse, so nothing is factorised twice. Raises `ValueError`
-    for another shape or type.
+    `A (..., k, k)` float32 or float64, of which the lower triangle is read -> `(...)` and
+    `(..., k, k)`. NaN, for that matrix alone, where it is not positive definite. Differentiable in
+    both outputs: the gradient of log det A is the inverse, so nothing is factorised twice. Raises
+    `ValueError` for another shape or type.
     """
-    return torch.ops.empssl.logdet_spd(A)
+    if A.ndim < 2:
+        raise ValueError(f"A must be (..., k, k), not {described(A)}.")
+    logdet, inverse = torch.ops.empssl.logdet_spd(A.reshape(-1, *A.shape[-2:]))
+    return logdet.view(A.shape[:-2]), inverse.view(A.shape)
 
 
 @torch.library.custom_op("empssl::logdet_spd", mutates_args=())

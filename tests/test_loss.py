@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from empssl import coding_rate, empssl_loss, invariance
 from empssl_support.ops import logdet_spd_ref
@@ -142,3 +142,28 @@ def test_nan_in_nan_out():
     z = unit(2, 3, 4)
     z[0, 0, 0] = math.nan
     assert coding_rate(z).isnan() and empssl_loss(z).isnan()
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("b,d", [(6, 9), (9, 6)])
+def test_any_leading_dimensions_a_scale_and_a_value_a_matrix(leading, b, d):
+    z = torch.randn(*leading, b, d, dtype=torch.float64)
+    rates = coding_rate(z, scale=0.7, reduction="none")
+    assert rates.shape == leading
+    identity = torch.eye(d, dtype=torch.float64)
+    expected = torch.logdet(identity + 0.7 * z.mT @ z) / 2
+    torch.testing.assert_close(rates, expected)
+    if 0 not in leading:
+        torch.testing.assert_close(coding_rate(z, scale=0.7), expected.mean())
+        torch.testing.assert_close(coding_rate(z, scale=d / (b * 0.3)), coding_rate(z, 0.3))
+
+
+def test_another_reduction_is_refused():
+    with pytest.raises(ValueError, match="reduction is 'sum'; give mean or none"):
+        coding_rate(unit(2, 3, 4), reduction="sum")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3), (2, 2, 3, 4)])
+def test_gradients_of_gradients(shape):
+    z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(coding_rate, z) and gradgradcheck(coding_rate, z)
