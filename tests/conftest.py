@@ -38,3 +38,22 @@ def short_runs(monkeypatch, few_shapes):
         return probe(*features, epochs=epochs)
 
     monkeypatch.setattr(empssl, "linear_probe", short_probe)
+
+
+@pytest.fixture
+def fifth_loss_is_nan(monkeypatch):
+    forward, calls = empssl.Objective.forward, []
+
+    def broken(objective, *batch):
+        loss, terms = forward(objective, *batch)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 5 else loss), terms
+
+    monkeypatch.setattr(empssl.Objective, "forward", broken)
+
+
+@pytest.fixture(name="data")
+def two_batches(few_shapes):
+    """64 images, two batches."""
+    images, labels, *_ = few_shapes
+    return data.Dataset(images[:64], labels[:64], images[64:], labels[64:], [], "")

@@ -15,7 +15,6 @@ from PIL import Image
 
 import empssl
 from empssl_support.cli import UsageError, signals
-from empssl_support.data import Dataset
 from empssl_support.runs import Run
 from study import baselines
 
@@ -29,13 +28,6 @@ RUN = f"{SHAPES} --subset 60 --batch 20 --hidden 16 --projector 16 --dim 8 --eva
 def config(method, flags=""):
     small = "--batch 32 --hidden 32 --projector 32 --dim 16 --others 20"
     return baselines.settings(f"{SHAPES} {small} --method {method} {flags}".split())
-
-
-@pytest.fixture
-def data(few_shapes):
-    """64 images, two batches."""
-    images, labels, *_ = few_shapes
-    return Dataset(images[:64], labels[:64], images[64:], labels[64:], [], "")
 
 
 def weights(name):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import empssl
-from empssl_support.data import Dataset
 from empssl_support.pixels import COLUMNS
 from study import baselines
 from study.baselines.common import NAMES, views
@@ -20,13 +19,6 @@ SHAPES = "--dataset shapes --preset laptop --device cpu --precision float32"
 def config(method, flags=""):
     small = "--batch 32 --hidden 32 --projector 32 --dim 16 --others 20"
     return baselines.settings(f"{SHAPES} {small} --method {method} {flags}".split())
-
-
-@pytest.fixture
-def data(few_shapes):
-    """64 images, two batches."""
-    images, labels, *_ = few_shapes
-    return Dataset(images[:64], labels[:64], images[64:], labels[64:], [], "")
 
 
 def assert_equal(ours, theirs):

@@ -287,15 +287,7 @@ def test_too_little_memory_names_the_flags(error, said, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("in_tmp", "short_runs")
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(monkeypatch, capsys):
-    forward, calls = empssl.Objective.forward, []
-
-    def broken(objective, *batch):
-        loss, terms = forward(objective, *batch)
-        calls.append(1)
-        return (loss * float("nan") if len(calls) == 5 else loss), terms
-
-    monkeypatch.setattr(empssl.Objective, "forward", broken)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_rest(fifth_loss_is_nan, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*SHAPES, "--epochs", "3", "--name", "broken"])
     assert stop.value.code == 1 and "not finite at step 6 of 9" in capsys.readouterr().err
