@@ -423,7 +423,10 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
 
 
 def coding_rate(
-    z: Tensor, eps2: float = 0.2, scale: float | None = None, reduction: str = "mean"
+    z: Tensor,
+    eps2: float = 0.2,
+    scale: float | Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Total Coding Rate `R` of `z (n, b, d)`, the mean over patches, in nats (equation 2).
 
@@ -431,9 +434,12 @@ def coding_rate(
     float32 or better, whatever z is: a half-precision Gram matrix gives NaN on a nearly collapsed
     batch. NaN where z is not finite.
 
-    For other methods: z may have any leading dimensions, `(..., b, d)`; `scale` stands in the place
-    of d / (b eps2); with `reduction="none"` there is a value a matrix, `(...)`. Raises `ValueError`
-    for another reduction.
+    For other methods (docs/ops.md): z may have any leading dimensions, `(..., b, d)`; `scale` stands
+    in the place of d / (b eps2), a number or a tensor that expands to `(...)`, a scale a matrix;
+    with `reduction="none"` there is a value a matrix, `(...)`. Float32 is enough for a collapsed
+    batch while scale times the sum of z's squares is below a million (of unit rows it is d / eps2);
+    give `z.double()` beyond. Raises `ValueError` for another reduction, and PyTorch's
+    `RuntimeError` for a scale that does not expand.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; give mean or none.")
@@ -441,6 +447,8 @@ def coding_rate(
     scale = d / (b * eps2) if scale is None else scale
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
+        if isinstance(scale, Tensor):
+            scale = scale.to(z).expand(z.shape[:-2])[..., None, None]  # (..., 1, 1)
         # By Sylvester's identity Z Z^T has the same determinant as Z^T Z: take the smaller one.
         gram = z @ z.mT if b < d else z.mT @ z  # (..., k, k), k = min(b, d)
         identity = torch.eye(min(b, d), dtype=z.dtype, device=z.device)

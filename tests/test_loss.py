@@ -144,7 +144,7 @@ def test_nan_in_nan_out():
     assert coding_rate(z).isnan() and empssl_loss(z).isnan()
 
 
-@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3), (0,)])
 @pytest.mark.parametrize("b,d", [(6, 9), (9, 6)])
 def test_any_leading_dimensions_a_scale_and_a_value_a_matrix(leading, b, d):
     z = torch.randn(*leading, b, d, dtype=torch.float64)
@@ -163,7 +163,83 @@ def test_another_reduction_is_refused():
         coding_rate(unit(2, 3, 4), reduction="sum")
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3), (2, 2, 3, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 5, 3), (2, 1, 4), (2, 4, 1), (2, 2, 3, 4)])
 def test_gradients_of_gradients(shape):
     z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(shape[:-2], dtype=torch.float64, requires_grad=True)
     assert gradcheck(coding_rate, z) and gradgradcheck(coding_rate, z)
+
+    def rates(z, scale):
+        return coding_rate(z, scale=scale, reduction="none")
+
+    assert gradcheck(rates, (z, scale)) and gradgradcheck(rates, (z, scale))
+
+
+@pytest.mark.parametrize("of", [(), (3,), (2, 1), (2, 3)])
+@pytest.mark.parametrize("b,d", [(6, 9), (9, 6)])
+def test_a_scale_a_matrix(of, b, d):
+    z = torch.randn(2, 3, b, d, dtype=torch.float64)
+    scale = torch.rand(of, dtype=torch.float64) + 0.1
+    rates = coding_rate(z, scale=scale, reduction="none")
+    of_each = scale.expand(2, 3)
+    for i in range(2):
+        for j in range(3):
+            expected = coding_rate(z[i, j], scale=of_each[i, j].item())
+            torch.testing.assert_close(rates[i, j], expected)
+    torch.testing.assert_close(coding_rate(z, scale=scale), rates.mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_a_scale_of_another_type_leaves_the_precision_alone(dtype):
+    z = unit(3, 4, 5, dtype=torch.float32)
+    rates = coding_rate(z, scale=torch.tensor([1, 2, 4], dtype=dtype), reduction="none")
+    assert rates.dtype == torch.float32
+    expected = torch.stack([coding_rate(z[i], scale=2**i) for i in range(3)])
+    torch.testing.assert_close(rates, expected)
+
+
+@pytest.mark.parametrize("of", [(2,), (3, 1, 1), (4, 3)])
+def test_a_scale_that_is_not_one_a_matrix_is_refused(of):
+    """Three matrices; (3, 1, 1) would silently give nine rates, of each with each other's scale."""
+    with pytest.raises(RuntimeError, match="size"):
+        coding_rate(unit(3, 4, 5), scale=torch.ones(of))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("own", [0, 1e-3, 0.1])
+@pytest.mark.parametrize("b,d", [(100, 1024), (512, 64), (64, 64), (1, 64)])
+def test_a_collapsed_batch_has_a_finite_rate_and_gradient(b, d, own, dtype):
+    """Even under autocast, whose products are bfloat16."""
+    row = unit(2, 1, d)
+    z = F.normalize(row + own * unit(2, b, d), dim=-1).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        R = coding_rate(z)
+    R.backward()
+    assert R.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert z.grad.dtype == dtype and z.grad.isfinite().all()
+    exact = z.detach().double().requires_grad_()
+    expected = paper_coding_rate(exact, 0.2)
+    expected.backward()
+    assert R.item() == pytest.approx(expected.item(), rel=3e-4)
+    off = (z.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert off < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_faster_float32_products_do_not_make_it_nan(precision, request):
+    """They round what is multiplied, not the sums, so the matrix stays positive definite."""
+    before = torch.get_float32_matmul_precision()
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision(before))
+    torch.set_float32_matmul_precision(precision)
+    row = unit(2, 1, 1024, dtype=torch.float32)
+    z = F.normalize(row + 0.1 * unit(2, 100, 1024, dtype=torch.float32), dim=-1)
+    assert coding_rate(z).item() == pytest.approx(paper_coding_rate(z, 0.2).item(), rel=1e-2)
+
+
+def test_long_rows_need_float64():
+    """Where the docstring says that float32 ends."""
+    z = 1000 * unit(1, 1, 64).expand(1, 512, 64)
+    assert coding_rate(z.float()).item() != pytest.approx(coding_rate(z).item(), rel=1e-3)
+    assert coding_rate(z).item() == pytest.approx(math.log1p(5 * 64 * 1000**2) / 2)
+    short = z / 100
+    assert coding_rate(short.float()).item() == pytest.approx(coding_rate(short).item(), rel=1e-3)
