@@ -434,12 +434,13 @@ def coding_rate(
     float32 or better, whatever z is: a half-precision Gram matrix gives NaN on a nearly collapsed
     batch. NaN where z is not finite.
 
-    For other methods (docs/ops.md): z may have any leading dimensions, `(..., b, d)`; `scale` stands
-    in the place of d / (b eps2), a number or a tensor that expands to `(...)`, a scale a matrix;
-    with `reduction="none"` there is a value a matrix, `(...)`. Float32 is enough for a collapsed
-    batch while scale times the sum of z's squares is below a million (of unit rows it is d / eps2);
-    give `z.double()` beyond. Raises `ValueError` for another reduction, and PyTorch's
-    `RuntimeError` for a scale that does not expand.
+    For other methods (docs/ops.md): z may have any leading dimensions, `(..., b, d)`. `scale`
+    stands in the place of d / (b eps2): a number, or a tensor that expands to `(...)`, a scale a
+    matrix. With `reduction="none"` there is a value a matrix, `(...)`. Raises `ValueError` for
+    another reduction, and PyTorch's `RuntimeError` for a scale that does not expand.
+
+    Float32 holds on a collapsed batch while scale times the sum of z's squares is below a million;
+    of unit rows it is d / eps2. Give `z.double()` beyond.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; give mean or none.")

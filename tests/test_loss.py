@@ -163,7 +163,7 @@ def test_another_reduction_is_refused():
         coding_rate(unit(2, 3, 4), reduction="sum")
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 5, 3), (2, 1, 4), (2, 4, 1), (2, 2, 3, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 5, 3), (1, 4), (4, 1), (2, 2, 3, 4)])
 def test_gradients_of_gradients(shape):
     z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     scale = torch.rand(shape[:-2], dtype=torch.float64, requires_grad=True)
