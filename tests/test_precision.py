@@ -43,7 +43,7 @@ def test_failures_and_errors_are_counted_apart():
 
 
 def test_collapse_wins_under_the_flipped_sign():
-    """By hand, R of a collapsed batch is ln(1 + 64 / 0.2) / 2, of a spread one 32 ln(1 + 1 / 0.2)."""
+    """By hand: R is ln(1 + d / 0.2) / 2 of a collapsed batch, d ln(1 + 1 / 0.2) / 2 of a spread."""
     ours, flipped = precision.bench_sign()
     collapsed, spread = math.log(321) / 2, 32 * math.log(6)
     assert ours["collapsed"] == pytest.approx(-200 - collapsed, abs=1e-2)
