@@ -114,9 +114,9 @@ void extract_patches_cpu(uintptr_t images, std::vector<int64_t> shape, std::vect
 template <typename T>
 void logdet_cpu(const T* A, int64_t n, int64_t k, T* logdet, T* inverse, int threads) {
     in_parallel(n, 1, threads, [&](int64_t from, int64_t to) {
-        std::vector<T> scratch(2 * (size_t)k * (size_t)k);
+        std::vector<T> column((size_t)k);
         for (int64_t i = from; i < to; ++i)
-            EMPSSL_PICK_OF(logdet_spd, T)(A + i * k * k, k, logdet + i, inverse + i * k * k, scratch.data());
+            EMPSSL_PICK_OF(logdet_spd, T)(A + i * k * k, k, logdet + i, inverse + i * k * k, column.data());
     });
 }
 

@@ -22,9 +22,9 @@ void extract_patches_avx2(const PatchJob& job, int64_t from, int64_t to, float* 
 void extract_patches_avx512(const PatchJob& job, int64_t from, int64_t to, float* scratch);
 
 // CPU: one symmetric positive definite matrix; only its lower triangle is read. NaN where it is not one.
-template <typename T> void logdet_spd_baseline(const T* A, int64_t k, T* logdet, T* inverse, T* scratch);
-template <typename T> void logdet_spd_avx2(const T* A, int64_t k, T* logdet, T* inverse, T* scratch);
-template <typename T> void logdet_spd_avx512(const T* A, int64_t k, T* logdet, T* inverse, T* scratch);
+template <typename T> void logdet_spd_baseline(const T* A, int64_t k, T* logdet, T* inverse, T* column);
+template <typename T> void logdet_spd_avx2(const T* A, int64_t k, T* logdet, T* inverse, T* column);
+template <typename T> void logdet_spd_avx512(const T* A, int64_t k, T* logdet, T* inverse, T* column);
 
 // CUDA: launched on `stream` of the current device, nothing is synchronised. Null on success, else what went wrong.
 const char* extract_patches_cuda(const PatchJob& job, void* stream);

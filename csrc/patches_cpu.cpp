@@ -8,74 +8,97 @@
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 
-// A resize along one axis: output i reads `taps` inputs from first[i] on, weighted by weight[t * s + i].
+// As many floats as a register holds, side by side at any address.
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX2__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+enum { MOST_LANES = 16 };
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// A resize along one axis: output i is the sum of weight[i * taps + t] times input first[i] + t, t below count[i].
 struct Axis {
-    int taps;
-    int* first;
+    int taps, *first, *count;
     float* weight;
 };
 
-static inline int most_taps(int64_t length, int64_t s) {
-    int64_t support = (length + s - 1) / s;
-    int64_t taps = 2 * (support < 1 ? 1 : support) + 1;
-    return (int)(taps < length ? taps : length);
+static inline int64_t most_taps(int64_t length, int64_t s) {
+    const int64_t taps = 2 * ((length + s - 1) / s) + 1;
+    return taps < length ? taps : length;
 }
 
+static inline int64_t axis_floats(int64_t length, int64_t s) { return s * (2 + most_taps(length, s)); }
+
 static Axis make_axis(int length, int s, bool flip, float* memory) {
-    Axis axis{most_taps(length, s), (int*)memory, memory + s};
-    memset(axis.weight, 0, sizeof(float) * (size_t)axis.taps * (size_t)s);
+    const Axis axis{(int)most_taps(length, s), (int*)memory, (int*)memory + s, memory + 2 * s};
+    const float step = tap_step(length, s);
     for (int i = 0; i < s; ++i) {
-        Taps t = taps_of(i, length, s);
-        int column = flip ? s - 1 - i : i;
-        int first = t.first + axis.taps <= length ? t.first : length - axis.taps;
-        float sum = 0;
-        for (int j = t.first; j < t.last; ++j) sum += triangle(t, j);
-        for (int j = t.first; j < t.last; ++j) axis.weight[(j - first) * s + column] = triangle(t, j) / sum;
-        axis.first[column] = first;
+        const Taps taps = taps_of<int64_t>(i, length, s);
+        const int place = flip ? s - 1 - i : i;
+        axis.first[place] = taps.first;
+        axis.count[place] = taps.count;
+        for (int t = 0; t < taps.count; ++t)
+            axis.weight[place * axis.taps + t] = tap_weight(taps.start, step, t) * taps.inverse_sum;
     }
     return axis;
 }
 
-static inline int64_t axis_floats(int64_t length, int64_t s) { return s + (int64_t)most_taps(length, s) * s; }
+// Blur and vectors: out[i] = sum over t of weight[t] * in[t * stride + i].
+static inline void weighted_sum(int n, int taps, const float* weight, const float* in, int stride, float* __restrict out) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector sum = {};
+        for (int t = 0; t < taps; ++t) sum += weight[t] * *(const Vector*)(in + t * stride + i);
+        *(Vector*)(out + i) = sum;
+    }
+    for (; i < n; ++i) {
+        float sum = 0;
+        for (int t = 0; t < taps; ++t) sum += weight[t] * in[t * stride + i];
+        out[i] = sum;
+    }
+}
 
 #ifdef EMPSSL_BASELINE
 int64_t patch_scratch_floats(const PatchJob& job) {
-    int64_t plane = job.s * job.s;
-    int64_t axes = axis_floats(job.H, job.s) + axis_floats(job.W, job.s);
-    return 4 * plane + axes + job.W + job.s + 2 * BLUR_RADIUS;
+    const int64_t s = job.s, padded = s + 2 * BLUR_RADIUS;
+    const int64_t for_crop = axis_floats(job.H, s) + axis_floats(job.W, s) + MOST_LANES * (job.W + 1) + job.H * s;
+    const int64_t for_blur = padded * (s + 2);
+    return 3 * s * s + (for_crop > for_blur ? for_crop : for_blur);
 }
 #endif
 
+// Across first, over a transposed crop, so that both ways an output is a sum of whole vectors.
 static void crop(const PatchJob& job, int64_t image, const float* p, float* plane, float* memory) {
     const int s = (int)job.s, height = (int)p[HEIGHT], width = (int)p[WIDTH];
-    Axis down = make_axis(height, s, false, memory);
+    const Axis down = make_axis(height, s, false, memory);
     memory += axis_floats(height, s);
-    Axis across = make_axis(width, s, p[FLIP] > 0, memory);
-    float* row = memory + axis_floats(width, s);                                    // (width,)
+    const Axis across = make_axis(width, s, p[FLIP] > 0, memory);
+    float* columns = memory + axis_floats(width, s);                                // (width, LANES): LANES rows, transposed
+    float* resized = columns + LANES * width;                                       // (LANES,)
+    float* rows = resized + LANES;                                                  // (height, s)
     const uint8_t* corner = job.images + image * job.stride_n + (int64_t)p[TOP] * job.stride_h + (int64_t)p[LEFT] * job.stride_w;
     for (int c = 0; c < 3; ++c) {
-        for (int y = 0; y < s; ++y) {
-            memset(row, 0, sizeof(float) * (size_t)width);
-            for (int t = 0; t < down.taps; ++t) {
-                const float w = down.weight[t * s + y];
-                if (w == 0) continue;
-                const uint8_t* in = corner + c * job.stride_c + (down.first[y] + t) * job.stride_h;
-                if (job.stride_w == 1)
-                    for (int x = 0; x < width; ++x) row[x] += w * in[x];
-                else
-                    for (int x = 0; x < width; ++x) row[x] += w * in[x * job.stride_w];
+        for (int y = 0; y < height; y += LANES) {
+            const int lines = height - y < LANES ? height - y : LANES;
+            for (int l = 0; l < lines; ++l) {
+                const uint8_t* in = corner + c * job.stride_c + (y + l) * job.stride_h;
+                for (int x = 0; x < width; ++x) columns[x * LANES + l] = in[x * job.stride_w];
             }
-            float* out = plane + (c * s + y) * s;
-            for (int x = 0; x < s; ++x) out[x] = across.weight[x] * row[across.first[x]];
-            for (int t = 1; t < across.taps; ++t)
-                for (int x = 0; x < s; ++x) out[x] += across.weight[t * s + x] * row[across.first[x] + t];
-            for (int x = 0; x < s; ++x) out[x] /= 255.0f;
+            for (int i = 0; i < width * LANES; ++i) columns[i] /= 255.0f;
+            for (int x = 0; x < s; ++x) {
+                weighted_sum(LANES, across.count[x], across.weight + x * across.taps, columns + across.first[x] * LANES, LANES, resized);
+                for (int l = 0; l < lines; ++l) rows[(y + l) * s + x] = resized[l];
+            }
         }
+        for (int y = 0; y < s; ++y)
+            weighted_sum(s, down.count[y], down.weight + y * down.taps, rows + down.first[y] * s, s, plane + (c * s + y) * s);
     }
 }
 
 static float mean_grey(const float* r, const float* g, const float* b, int pixels) {
-    enum { LANES = 16 };
     float part[LANES] = {0};
     int i = 0;
     for (; i + LANES <= pixels; i += LANES)
@@ -87,24 +110,24 @@ static float mean_grey(const float* r, const float* g, const float* b, int pixel
 }
 
 static void jitter(const float* p, float* __restrict r, float* __restrict g, float* __restrict b, int pixels) {
-    int order[4];
-    unpack_order((int)p[ORDER], order);
-    for (int step = 0; step < 4; ++step) {
-        if (order[step] == 0 && p[BRIGHTNESS] != 1) {
+    unsigned order = unpack_order((int)p[ORDER]);
+    for (int step = 0; step < 4; ++step, order >>= 4) {
+        const int operation = order & 15;
+        if (operation == 0 && p[BRIGHTNESS] != 1) {
             const float f = p[BRIGHTNESS];
             for (int i = 0; i < pixels; ++i) {
                 r[i] = clamp01(f * r[i]);
                 g[i] = clamp01(f * g[i]);
                 b[i] = clamp01(f * b[i]);
             }
-        } else if (order[step] == 1 && p[CONTRAST] != 1) {
+        } else if (operation == 1 && p[CONTRAST] != 1) {
             const float f = p[CONTRAST], mean = mean_grey(r, g, b, pixels);
             for (int i = 0; i < pixels; ++i) {
                 r[i] = blend(r[i], mean, f);
                 g[i] = blend(g[i], mean, f);
                 b[i] = blend(b[i], mean, f);
             }
-        } else if (order[step] == 2 && p[SATURATION] != 1) {
+        } else if (operation == 2 && p[SATURATION] != 1) {
             const float f = p[SATURATION];
             for (int i = 0; i < pixels; ++i) {
                 const float grey = grey_of(r[i], g[i], b[i]);
@@ -112,7 +135,7 @@ static void jitter(const float* p, float* __restrict r, float* __restrict g, flo
                 g[i] = blend(g[i], grey, f);
                 b[i] = blend(b[i], grey, f);
             }
-        } else if (order[step] == 3 && p[HUE] != 0) {
+        } else if (operation == 3 && p[HUE] != 0) {
             const float sixths = hue_sixths(p[HUE]);
             for (int i = 0; i < pixels; ++i) {
                 float R = r[i], G = g[i], B = b[i];
@@ -125,26 +148,34 @@ static void jitter(const float* p, float* __restrict r, float* __restrict g, flo
     }
 }
 
-static void blur(float sigma, float* plane, int s, float* spare, float* padded) {
-    float weight[BLUR_TAPS];
-    blur_taps(sigma, weight);
+static void blur(float sigma, float* plane, int s, float* memory) {
+    float weight[BLUR_TAPS], total = 0;
+    for (int t = 0; t < BLUR_TAPS; ++t) total += weight[t] = blur_weight(sigma, t);
+    for (int t = 0; t < BLUR_TAPS; ++t) weight[t] /= total;
+    int above[BLUR_RADIUS], below[BLUR_RADIUS];                                     // what lies beyond the borders mirrors these
+    for (int i = 0; i < BLUR_RADIUS; ++i) {
+        above[i] = reflected(i - BLUR_RADIUS, s);
+        below[i] = reflected(i + s, s);
+    }
+    float* row = memory;                                                            // (s + 2 BLUR_RADIUS,)
+    float* rows = row + s + 2 * BLUR_RADIUS;                                        // (s + 2 BLUR_RADIUS, s)
+    float* inner = rows + BLUR_RADIUS * s;                                          // (s, s)
+    const size_t bytes = sizeof(float) * (size_t)s;
     for (int c = 0; c < 3; ++c) {
         float* x = plane + c * s * s;
-        for (int y = 0; y < s; ++y) {                                               // along the rows, into spare
-            for (int i = 0; i < s + 2 * BLUR_RADIUS; ++i) padded[i] = x[y * s + reflected(i - BLUR_RADIUS, s)];
-            float* out = spare + y * s;
-            for (int i = 0; i < s; ++i) out[i] = weight[0] * padded[i];
-            for (int t = 1; t < BLUR_TAPS; ++t)
-                for (int i = 0; i < s; ++i) out[i] += weight[t] * padded[i + t];
-        }
-        for (int y = 0; y < s; ++y) {                                               // down the columns, back
-            float* out = x + y * s;
-            memset(out, 0, sizeof(float) * (size_t)s);
-            for (int t = 0; t < BLUR_TAPS; ++t) {
-                const float* in = spare + reflected(y + t - BLUR_RADIUS, s) * s;
-                for (int i = 0; i < s; ++i) out[i] += weight[t] * in[i];
+        for (int y = 0; y < s; ++y) {
+            memcpy(row + BLUR_RADIUS, x + y * s, bytes);
+            for (int i = 0; i < BLUR_RADIUS; ++i) {
+                row[i] = x[y * s + above[i]];
+                row[BLUR_RADIUS + s + i] = x[y * s + below[i]];
             }
+            weighted_sum(s, BLUR_TAPS, weight, row, 1, inner + y * s);
         }
+        for (int i = 0; i < BLUR_RADIUS; ++i) {
+            memcpy(rows + i * s, inner + above[i] * s, bytes);
+            memcpy(inner + (s + i) * s, inner + below[i] * s, bytes);
+        }
+        for (int y = 0; y < s; ++y) weighted_sum(s, BLUR_TAPS, weight, rows + y * s, s, x + y * s);
     }
 }
 
@@ -174,14 +205,14 @@ static inline uint16_t to_float16(float x) {            // round to nearest even
 }
 
 template <typename Out, typename Convert>
-static void store(const float* plane, int pixels, Out* out, Convert convert) {
+static void store(const float* plane, int pixels, float offset, Out* out, Convert convert) {
     for (int i = 0; i < pixels; ++i)
-        for (int c = 0; c < 3; ++c) out[3 * i + c] = convert(plane[c * pixels + i] * 2 - 1);
+        for (int c = 0; c < 3; ++c) out[3 * i + c] = convert(2 * plane[c * pixels + i] + offset);
 }
 
 void JOIN(extract_patches_, VARIANT)(const PatchJob& job, int64_t from, int64_t to, float* scratch) {
     const int s = (int)job.s, pixels = s * s;
-    float *plane = scratch, *spare = plane + 3 * pixels, *memory = spare + pixels;
+    float *plane = scratch, *memory = plane + 3 * pixels;
     for (int64_t patch = from; patch < to; ++patch) {
         const float* p = job.params + patch * K;
         crop(job, job.index[patch % job.b], p, plane, memory);
@@ -189,15 +220,16 @@ void JOIN(extract_patches_, VARIANT)(const PatchJob& job, int64_t from, int64_t 
         jitter(p, r, g, b, pixels);
         if (p[GREY] > 0)
             for (int i = 0; i < pixels; ++i) r[i] = g[i] = b[i] = grey_of(r[i], g[i], b[i]);
-        if (p[SIGMA] > 0) blur(p[SIGMA], plane, s, spare, memory);
+        if (p[SIGMA] > 0) blur(p[SIGMA], plane, s, memory);
         if (p[SOLARIZE] > 0)
             for (int i = 0; i < 3 * pixels; ++i) plane[i] = solarized(plane[i]);
         const int64_t start = patch * 3 * pixels;
+        const float offset = offset_of(p);
         if (job.out_type == OUT_FLOAT32)
-            store(plane, pixels, (float*)job.out + start, [](float x) { return x; });
+            store(plane, pixels, offset, (float*)job.out + start, [](float x) { return x; });
         else if (job.out_type == OUT_BFLOAT16)
-            store(plane, pixels, (uint16_t*)job.out + start, to_bfloat16);
+            store(plane, pixels, offset, (uint16_t*)job.out + start, to_bfloat16);
         else
-            store(plane, pixels, (uint16_t*)job.out + start, to_float16);
+            store(plane, pixels, offset, (uint16_t*)job.out + start, to_float16);
     }
 }

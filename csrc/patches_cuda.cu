@@ -1,6 +1,6 @@
-// extract_patches on a GPU: one block a patch, staged in shared memory from the crop to the store. One read of the image,
-// one write of the patch. A patch whose index or crop is invalid becomes NaN: finding out on the host would cost a
-// synchronisation.
+// extract_patches on a GPU: one block a patch, whose pixels stay in registers from the crop to the store; shared memory
+// serves the blur, and turns the store into whole lines. A patch whose index or crop is invalid becomes NaN: finding out
+// on the host would cost a synchronisation.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -9,163 +9,247 @@
 
 namespace {
 
-enum { THREADS = 256 };
+enum {
+    WARP = 32,
+    PIXELS = 4,                     // of a thread: i = threadIdx.x + q * blockDim.x for q in 0..3, row after row
+    LARGEST = 64,                   // side; beyond, a patch is too large for one block
+    MOST_THREADS = LARGEST * LARGEST / PIXELS
+};
 
-__device__ float block_sum(float x) {
-    __shared__ float part[THREADS / 32];
-    for (int lane = 16; lane; lane /= 2) x += __shfl_down_sync(~0u, x, lane);
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+int threads_of(int64_t s) {
+    const int threads = (int)((s * s + PIXELS - 1) / PIXELS);
+    return (threads + WARP - 1) / WARP * WARP;
+}
+
+int64_t shared_bytes(int64_t s) { return 3 * s * s * (int64_t)sizeof(float); }
+
+// A thread's pixels. Those beyond the patch, which the last threads have, stay black until they are left out.
+struct Pixels {
+    float r[PIXELS], g[PIXELS], b[PIXELS];
+};
+
+// Where pixel i of a patch lies. A division of whole numbers takes twenty instructions; this one is exact, since i is
+// below 4096 and its half keeps the quotient a 128th from the next whole number.
+__device__ void find(int i, int s, int& row, int& column) {
+    row = (int)(((float)i + 0.5f) * (1.0f / (float)s));
+    column = i - row * s;
+}
+
+// Both axes' taps, the patch's columns already flipped, in 16-byte words.
+struct alignas(16) Axis {
+    Taps taps[LARGEST];
+};
+
+__device__ float block_sum(float x) {                       // may be called once
+    __shared__ float part[MOST_THREADS / WARP];
+    for (int lanes = WARP / 2; lanes; lanes /= 2) x += __shfl_down_sync(~0u, x, lanes);
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
     __syncthreads();
     float sum = 0;
-    for (int warp = 0; warp < THREADS / 32; ++warp) sum += part[warp];              // every thread, in one order
-    __syncthreads();
+    for (int warp = 0; warp < blockDim.x / WARP; ++warp) sum += part[warp];         // every thread, in one order
     return sum;
 }
 
-__device__ void crop(const PatchJob& job, const uint8_t* image, const float* p, float* plane) {
-    const int s = (int)job.s, pixels = s * s;
-    for (int i = threadIdx.x; i < pixels; i += THREADS) {
-        const int y = i / s, x = i % s;
-        const Taps down = taps_of(y, (int)p[HEIGHT], s);
-        const Taps across = taps_of(p[FLIP] > 0 ? s - 1 - x : x, (int)p[WIDTH], s);
-        float sum[3] = {0, 0, 0}, down_sum = 0, across_sum = 0;
-        for (int u = down.first; u < down.last; ++u) {
-            const float w = triangle(down, u);
-            down_sum += w;
-            const uint8_t* row = image + ((int64_t)p[TOP] + u) * job.stride_h + (int64_t)p[LEFT] * job.stride_w;
-            float line[3] = {0, 0, 0};              // row by row, so that rounding grows with the sides, not with the area
-            across_sum = 0;
-            for (int v = across.first; v < across.last; ++v) {
-                const float weight = triangle(across, v);
-                across_sum += weight;
-                for (int c = 0; c < 3; ++c) line[c] += weight * row[c * job.stride_c + v * job.stride_w];
+// x / 255 as exactly as a division gives it.
+__device__ float of_255(float x) {
+    const float quotient = x * (1 / 255.0f);
+    return fmaf(fmaf(-255.0f, quotient, x), 1 / 255.0f, quotient);
+}
+
+__device__ void crop(const PatchJob& job, const uint8_t* corner, const float* p, const Axis& down, const Axis& across, Pixels& x) {
+    const int s = (int)job.s;
+    const float down_step = tap_step((int)p[HEIGHT], s), across_step = tap_step((int)p[WIDTH], s);
+#pragma unroll
+    for (int q = 0; q < PIXELS; ++q) {
+        int row, column;
+        find(threadIdx.x + q * blockDim.x, s, row, column);
+        x.r[q] = x.g[q] = x.b[q] = 0;
+        if (row >= s) continue;
+        const Taps v = down.taps[row], h = across.taps[column];
+        const uint8_t* line = corner + v.first * job.stride_h + h.first * job.stride_w;
+#pragma unroll 1                                            // two taps as a rule: unrolling costs more than it saves
+        for (int u = 0; u < v.count; ++u, line += job.stride_h) {
+            float r = 0, g = 0, b = 0;          // row by row, so that rounding grows with the sides, not with the area
+            const uint8_t* at = line;
+#pragma unroll 1
+            for (int t = 0; t < h.count; ++t, at += job.stride_w) {
+                const float w = tap_weight(h.start, across_step, t);
+                r += w * at[0];
+                g += w * at[job.stride_c];
+                b += w * at[2 * job.stride_c];
             }
-            for (int c = 0; c < 3; ++c) sum[c] += w * line[c];
+            const float w = tap_weight(v.start, down_step, u);
+            x.r[q] += w * r;
+            x.g[q] += w * g;
+            x.b[q] += w * b;
         }
-        for (int c = 0; c < 3; ++c) plane[c * pixels + i] = sum[c] / across_sum / down_sum / 255.0f;
+        const float scale = v.inverse_sum * h.inverse_sum;
+        x.r[q] = of_255(x.r[q] * scale);
+        x.g[q] = of_255(x.g[q] * scale);
+        x.b[q] = of_255(x.b[q] * scale);
     }
 }
 
-// Each thread touches only its own pixels, so a barrier is needed for the contrast's mean alone.
-__device__ void jitter(const float* p, float* r, float* g, float* b, int pixels) {
-    int order[4];
-    unpack_order((int)p[ORDER], order);
-    for (int step = 0; step < 4; ++step) {
-        if (order[step] == 0 && p[BRIGHTNESS] != 1) {
+__device__ void jitter(const float* p, int pixels, Pixels& x) {
+    unsigned order = unpack_order((int)p[ORDER]);
+    for (int step = 0; step < 4; ++step, order >>= 4) {
+        const int operation = order & 15;
+        if (operation == 0 && p[BRIGHTNESS] != 1) {
             const float f = p[BRIGHTNESS];
-            for (int i = threadIdx.x; i < pixels; i += THREADS) {
-                r[i] = clamp01(f * r[i]);
-                g[i] = clamp01(f * g[i]);
-                b[i] = clamp01(f * b[i]);
+#pragma unroll
+            for (int q = 0; q < PIXELS; ++q) {
+                x.r[q] = clamp01(f * x.r[q]);
+                x.g[q] = clamp01(f * x.g[q]);
+                x.b[q] = clamp01(f * x.b[q]);
             }
-        } else if (order[step] == 1 && p[CONTRAST] != 1) {
+        } else if (operation == 1 && p[CONTRAST] != 1) {
             float sum = 0;
-            for (int i = threadIdx.x; i < pixels; i += THREADS) sum += grey_of(r[i], g[i], b[i]);
+#pragma unroll
+            for (int q = 0; q < PIXELS; ++q) sum += grey_of(x.r[q], x.g[q], x.b[q]);
             const float f = p[CONTRAST], mean = block_sum(sum) / pixels;
-            for (int i = threadIdx.x; i < pixels; i += THREADS) {
-                r[i] = blend(r[i], mean, f);
-                g[i] = blend(g[i], mean, f);
-                b[i] = blend(b[i], mean, f);
+#pragma unroll
+            for (int q = 0; q < PIXELS; ++q) {
+                x.r[q] = blend(x.r[q], mean, f);
+                x.g[q] = blend(x.g[q], mean, f);
+                x.b[q] = blend(x.b[q], mean, f);
             }
-        } else if (order[step] == 2 && p[SATURATION] != 1) {
+        } else if (operation == 2 && p[SATURATION] != 1) {
             const float f = p[SATURATION];
-            for (int i = threadIdx.x; i < pixels; i += THREADS) {
-                const float grey = grey_of(r[i], g[i], b[i]);
-                r[i] = blend(r[i], grey, f);
-                g[i] = blend(g[i], grey, f);
-                b[i] = blend(b[i], grey, f);
+#pragma unroll
+            for (int q = 0; q < PIXELS; ++q) {
+                const float grey = grey_of(x.r[q], x.g[q], x.b[q]);
+                x.r[q] = blend(x.r[q], grey, f);
+                x.g[q] = blend(x.g[q], grey, f);
+                x.b[q] = blend(x.b[q], grey, f);
             }
-        } else if (order[step] == 3 && p[HUE] != 0) {
+        } else if (operation == 3 && p[HUE] != 0) {
             const float sixths = hue_sixths(p[HUE]);
-            for (int i = threadIdx.x; i < pixels; i += THREADS) rotate_hue(r[i], g[i], b[i], sixths);
+#pragma unroll
+            for (int q = 0; q < PIXELS; ++q) rotate_hue(x.r[q], x.g[q], x.b[q], sixths);
         }
     }
 }
 
-__device__ void blur(float sigma, float* plane, int s, float* spare) {
-    float weight[BLUR_TAPS];
-    blur_taps(sigma, weight);
-    for (int c = 0; c < 3; ++c) {
-        float* x = plane + c * s * s;
-        __syncthreads();
-        for (int i = threadIdx.x; i < s * s; i += THREADS) {
-            const int row = i / s, column = i % s;
-            float sum = 0;
+// One direction: tap t of the pixel at `place` of a line reads the line at mirror[place + t].
+template <bool DOWN>
+__device__ void blur_along(const float* weight, const int* mirror, int s, float* plane, Pixels& x) {
+    __syncthreads();
 #pragma unroll
-            for (int t = 0; t < BLUR_TAPS; ++t) sum += weight[t] * x[row * s + reflected(column + t - BLUR_RADIUS, s)];
-            spare[i] = sum;
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < s * s; i += THREADS) {
-            const int row = i / s, column = i % s;
-            float sum = 0;
+    for (int q = 0; q < PIXELS; ++q) {
+        const int i = threadIdx.x + q * blockDim.x;
+        if (i >= s * s) continue;
+        plane[3 * i] = x.r[q];
+        plane[3 * i + 1] = x.g[q];
+        plane[3 * i + 2] = x.b[q];
+    }
+    __syncthreads();
 #pragma unroll
-            for (int t = 0; t < BLUR_TAPS; ++t) sum += weight[t] * spare[reflected(row + t - BLUR_RADIUS, s) * s + column];
-            x[i] = sum;
+    for (int q = 0; q < PIXELS; ++q) {
+        int row, column;
+        find(threadIdx.x + q * blockDim.x, s, row, column);
+        if (row >= s) continue;
+        float r = 0, g = 0, b = 0;
+        for (int t = 0; t < BLUR_TAPS; ++t) {
+            const float* from = plane + 3 * (DOWN ? mirror[row + t] * s + column : row * s + mirror[column + t]);
+            r += weight[t] * from[0];
+            g += weight[t] * from[1];
+            b += weight[t] * from[2];
         }
+        x.r[q] = r;
+        x.g[q] = g;
+        x.b[q] = b;
     }
 }
 
-__device__ float convert(float x, float*) { return x; }
-__device__ __nv_bfloat16 convert(float x, __nv_bfloat16*) { return __float2bfloat16(x); }
-__device__ __half convert(float x, __half*) { return __float2half(x); }
+__device__ void blur(float sigma, int s, float* plane, Pixels& x) {
+    __shared__ float unscaled[BLUR_TAPS], weight[BLUR_TAPS];
+    __shared__ int mirror[LARGEST + 2 * BLUR_RADIUS];
+    if (threadIdx.x < BLUR_TAPS) unscaled[threadIdx.x] = blur_weight(sigma, threadIdx.x);
+    for (int i = threadIdx.x; i < s + 2 * BLUR_RADIUS; i += blockDim.x) mirror[i] = reflected(i - BLUR_RADIUS, s);
+    __syncthreads();
+    if (threadIdx.x < BLUR_TAPS) {
+        float sum = 0;
+        for (int t = 0; t < BLUR_TAPS; ++t) sum += unscaled[t];
+        weight[threadIdx.x] = unscaled[threadIdx.x] / sum;
+    }
+    blur_along<false>(weight, mirror, s, plane, x);
+    blur_along<true>(weight, mirror, s, plane, x);
+    __syncthreads();                                        // the plane is free again
+}
 
-// Channels-last, 16 bytes a store where the patch's place allows it.
+__device__ void convert(float x, float* out) { *out = x; }
+__device__ void convert(float x, __nv_bfloat16* out) { *out = __float2bfloat16(x); }
+__device__ void convert(float x, __half* out) { *out = __float2half(x); }
+
+// Channels-last, by way of shared memory: 16 bytes a store where the patch's place allows it.
 template <typename Out>
-__device__ void store(const float* plane, int pixels, Out* out, bool wide) {
-    enum { WIDE = 16 / sizeof(Out) };
-    const int count = 3 * pixels;
-    if (wide) {
-        for (int i = threadIdx.x * WIDE; i < count; i += THREADS * WIDE) {
-            alignas(16) Out values[WIDE];
+__device__ void store(const Pixels& x, int pixels, Out* staged, Out* out) {
 #pragma unroll
-            for (int j = 0; j < WIDE; ++j) values[j] = convert(plane[(i + j) % 3 * pixels + (i + j) / 3], (Out*)nullptr);
-            *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<const uint4*>(values);
-        }
+    for (int q = 0; q < PIXELS; ++q) {
+        const int i = threadIdx.x + q * blockDim.x;
+        if (i >= pixels) continue;
+        convert(x.r[q], staged + 3 * i);
+        convert(x.g[q], staged + 3 * i + 1);
+        convert(x.b[q], staged + 3 * i + 2);
+    }
+    __syncthreads();
+    const int count = 3 * pixels, in_a_word = sizeof(uint4) / sizeof(Out);
+    if (count % in_a_word == 0 && (uintptr_t)out % sizeof(uint4) == 0) {
+        for (int j = threadIdx.x; j < count / in_a_word; j += blockDim.x) ((uint4*)out)[j] = ((const uint4*)staged)[j];
     } else {
-        for (int i = threadIdx.x; i < count; i += THREADS) out[i] = convert(plane[i % 3 * pixels + i / 3], (Out*)nullptr);
+        for (int j = threadIdx.x; j < count; j += blockDim.x) out[j] = staged[j];
     }
 }
 
 template <typename Out>
-__global__ void __launch_bounds__(THREADS) extract_patches_kernel(const __grid_constant__ PatchJob job) {
-    extern __shared__ float plane[];                                                // (4, s, s): r, g, b, spare
+__global__ void __launch_bounds__(MOST_THREADS) extract_patches_kernel(const __grid_constant__ PatchJob job) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ float p[K];
+    __shared__ Axis down, across;
     const int64_t patch = blockIdx.x;
     const int s = (int)job.s, pixels = s * s;
-    float *r = plane, *g = r + pixels, *b = g + pixels, *spare = b + pixels;
-    __shared__ float p[K];
     if (threadIdx.x < K) p[threadIdx.x] = job.params[patch * K + threadIdx.x];
     __syncthreads();
     const int64_t image = job.index[patch % job.b];
+    float offset = nanf("");
+    bool solarize = false;
+    Pixels x = {};
     if (image >= 0 && image < job.N && patch_is_valid(p, job.H, job.W)) {
-        crop(job, job.images + image * job.stride_n, p, plane);
-        jitter(p, r, g, b, pixels);
+        for (int i = threadIdx.x; i < 2 * s; i += blockDim.x) {
+            const int place = i < s ? i : i - s;
+            if (i < s)
+                down.taps[place] = taps_of<int>(place, (int)p[HEIGHT], s);
+            else
+                across.taps[p[FLIP] > 0 ? s - 1 - place : place] = taps_of<int>(place, (int)p[WIDTH], s);
+        }
+        __syncthreads();
+        crop(job, job.images + image * job.stride_n + (int64_t)p[TOP] * job.stride_h + (int64_t)p[LEFT] * job.stride_w, p,
+             down, across, x);
+        jitter(p, pixels, x);
         if (p[GREY] > 0)
-            for (int i = threadIdx.x; i < pixels; i += THREADS) r[i] = g[i] = b[i] = grey_of(r[i], g[i], b[i]);
-        if (p[SIGMA] > 0) blur(p[SIGMA], plane, s, spare);
-        const bool solarize = p[SOLARIZE] > 0;
-        for (int i = threadIdx.x; i < pixels; i += THREADS)
-            for (int c = 0; c < 3; ++c) {
-                const float x = plane[c * pixels + i];
-                plane[c * pixels + i] = (solarize ? solarized(x) : x) * 2 - 1;
-            }
-    } else {
-        for (int i = threadIdx.x; i < 3 * pixels; i += THREADS) plane[i] = nanf("");
+#pragma unroll
+            for (int q = 0; q < PIXELS; ++q) x.r[q] = x.g[q] = x.b[q] = grey_of(x.r[q], x.g[q], x.b[q]);
+        if (p[SIGMA] > 0) blur(p[SIGMA], s, (float*)memory, x);
+        offset = offset_of(p);
+        solarize = p[SOLARIZE] > 0;
     }
-    __syncthreads();
-    const int64_t start = patch * 3 * pixels;
-    Out* out = (Out*)job.out + start;
-    store(plane, pixels, out, (3 * pixels * sizeof(Out)) % 16 == 0 && (uintptr_t)job.out % 16 == 0);
+#pragma unroll
+    for (int q = 0; q < PIXELS; ++q) {
+        x.r[q] = 2 * (solarize ? solarized(x.r[q]) : x.r[q]) + offset;
+        x.g[q] = 2 * (solarize ? solarized(x.g[q]) : x.g[q]) + offset;
+        x.b[q] = 2 * (solarize ? solarized(x.b[q]) : x.b[q]) + offset;
+    }
+    store(x, pixels, (Out*)memory, (Out*)job.out + patch * 3 * pixels);
 }
-
-int64_t shared_bytes(int64_t s) { return 4 * (int64_t)sizeof(float) * s * s; }
 
 template <typename Out>
 cudaError_t launch(const PatchJob& job, cudaStream_t stream) {
-    const int64_t most = extract_patches_cuda_largest();    // allowed once and for all sizes: threads may launch different ones
-    cudaFuncSetAttribute(extract_patches_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes(most));
-    cudaGetLastError();                                     // where that failed, the launch says so
-    extract_patches_kernel<Out><<<(unsigned)(job.n * job.b), THREADS, shared_bytes(job.s), stream>>>(job);
+    // Allowed once and for all sizes: threads may launch different ones.
+    const int64_t most = shared_bytes(extract_patches_cuda_largest());
+    const cudaError_t error =
+        cudaFuncSetAttribute(extract_patches_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most);
+    if (error != cudaSuccess) return error;
+    extract_patches_kernel<Out><<<(unsigned)(job.n * job.b), threads_of(job.s), shared_bytes(job.s), stream>>>(job);
     return cudaGetLastError();
 }
 
@@ -173,12 +257,13 @@ cudaError_t launch(const PatchJob& job, cudaStream_t stream) {
 
 int64_t extract_patches_cuda_largest() {
     int device = 0, limit = 0;
+    cudaFuncAttributes kernel;
     if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        cudaFuncGetAttributes(&kernel, extract_patches_kernel<float>) != cudaSuccess)
         return 0;
-    const int64_t fixed = 512;                              // the kernel's static shared memory, rounded up
-    int64_t s = 64;                                         // beyond, a block's patch is too large to be worth it
-    while (s > 0 && shared_bytes(s) + fixed > limit) --s;
+    int64_t s = LARGEST;
+    while (s > 0 && shared_bytes(s) + (int64_t)kernel.sharedSizeBytes > limit) --s;
     return s;
 }
 

@@ -10,7 +10,7 @@
 #define EMPSSL_FN static inline
 #endif
 
-// Columns of a patch's parameters; empssl.COLUMNS has the same order.
+// Columns of a patch's parameters; empssl_support.pixels.COLUMNS has the same order.
 enum { TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE, K };
 
 enum { BLUR_RADIUS = 6, BLUR_TAPS = 2 * BLUR_RADIUS + 1 };
@@ -23,98 +23,117 @@ EMPSSL_FN bool patch_is_valid(const float* p, int64_t H, int64_t W) {
            p[ORDER] >= 0 && p[ORDER] < 24;
 }
 
-// One output pixel of a resize by the antialiased triangle filter reads input pixels [first, last) of the crop, with
-// weights triangle(j) / (their sum).
+// What is added to 2x when pixels are scaled to [-1, 1]: -1, or NaN where a factor is not finite. A GPU's saturation makes
+// a NaN 0, so that those of the factors would not arrive.
+EMPSSL_FN float offset_of(const float* p) {
+    const float b = p[BRIGHTNESS], c = p[CONTRAST], s = p[SATURATION], h = p[HUE];
+    return (b - b) + (c - c) + (s - s) + (h - h) - 1;
+}
+
+// ---- crop and resize ----
+// A resize by the antialiased triangle filter. Output pixel i of s lies at (i + 1/2) length / s of the crop, and reads
+// its input pixels [first, first + count), the t-th of them weighted by 1 - |start + t step|, over the sum of weights.
+
 struct Taps {
-    double centre, inverse_support;
-    int first, last;
+    int first, count;
+    float start, inverse_sum;
 };
 
+EMPSSL_FN float tap_step(int length, int s) { return length > s ? (float)s / (float)length : 1.0f; }
+
+EMPSSL_FN float tap_weight(float start, float step, int t) { return 1 - fabsf(start + (float)t * step); }
+
+// Places are whole numbers of half an output pixel's width, 2 s of them an input pixel: exact, and Int holds 4 s length.
+template <typename Int>
 EMPSSL_FN Taps taps_of(int i, int length, int s) {
-    double scale = (double)length / s, support = scale < 1 ? 1 : scale;
-    Taps t;
-    t.centre = (i + 0.5) * scale;
-    t.inverse_support = 1 / support;
-    t.first = (int)floor(t.centre - support + 0.5);
-    t.last = (int)floor(t.centre + support + 0.5);
-    if (t.first < 0) t.first = 0;
-    if (t.last > length) t.last = length;
-    return t;
+    const Int unit = 2 * (Int)s, centre = (2 * (Int)i + 1) * length, support = 2 * (Int)(length > s ? length : s);
+    const Int from = centre - support - s, to = centre + support - s;      // of input pixel j, whose place is unit j + s
+    const Int first = from < 0 ? 0 : from / unit + 1, end = (to - 1) / unit + 1;
+    Taps taps;
+    taps.first = (int)first;
+    taps.count = (int)((end < length ? end : length) - first);
+    taps.start = (float)(unit * first + s - centre) / (float)support;
+    const float step = tap_step(length, s);
+    float sum = 0;
+    for (int t = 0; t < taps.count; ++t) sum += tap_weight(taps.start, step, t);
+    taps.inverse_sum = 1 / sum;
+    return taps;
 }
 
-EMPSSL_FN float triangle(const Taps& t, int j) {
-    double w = 1 - fabs(j + 0.5 - t.centre) * t.inverse_support;
-    return w > 0 ? (float)w : 0.0f;
-}
+// ---- colour ----
 
-EMPSSL_FN float clamp01(float x) { return x < 0 ? 0.0f : x > 1 ? 1.0f : x; }
+EMPSSL_FN float clamp01(float x) {
+#ifdef __CUDA_ARCH__
+    return __saturatef(x);                                                  // free, as part of the operation before it
+#else
+    return x < 0 ? 0.0f : x > 1 ? 1.0f : x;
+#endif
+}
 
 // ITU-R 601 luma, torchvision's weights.
 EMPSSL_FN float grey_of(float r, float g, float b) { return 0.2989f * r + 0.587f * g + 0.114f * b; }
 
 EMPSSL_FN float blend(float x, float other, float factor) { return clamp01(factor * x + (1 - factor) * other); }
 
-// One channel after the hue has been turned: k = hue + (5, 3 or 1) for (red, green, blue), in sixths of the circle.
-EMPSSL_FN float hue_channel(float value, float chroma, float k) {
-    k = k >= 12 ? k - 12 : k;
-    k = k >= 6 ? k - 6 : k;
-    float m = k < 4 - k ? k : 4 - k;
-    return value - chroma * clamp01(m);
-}
-
 // The shift as `rotate_hue` wants it: sixths of the circle, in [0, 6).
 EMPSSL_FN float hue_sixths(float shift) {
-    float x = 6 * (shift - floorf(shift));
+    const float x = 6 * (shift - floorf(shift));
     return x < 6 ? x : 0.0f;
 }
 
+// One channel once the hue has been turned. Its share of the chroma is clamp01(2 - distance), where the distance goes
+// round the circle from the hue to the middle of the channel's own third; all is times chroma, so that nothing is divided.
+EMPSSL_FN float hue_channel(float value, float chroma, float from_opposite) {
+    const float a = fabsf(from_opposite), b = fabsf(a - 6 * chroma);        // |from_opposite| is at most 8 chroma
+    const float left = 2 * chroma - (a < b ? a : b);
+    const float share = left < 0 ? 0.0f : left > chroma ? chroma : left;
+    return value - share;
+}
+
+// Through HSV and back: value = max and chroma = max - min stay, the hue turns by `sixths` of the circle.
 EMPSSL_FN void rotate_hue(float& r, float& g, float& b, float sixths) {
     float high = r > g ? r : g, low = r < g ? r : g;
     high = high > b ? high : b;
     low = low < b ? low : b;
-    float chroma = high - low;
-    bool red = high == r, green = high == g;
-    float difference = red ? g - b : green ? b - r : r - g;
-    float offset = red ? 0.0f : green ? 2.0f : 4.0f;
-    float hue = chroma > 0 ? offset + difference / (chroma > 0 ? chroma : 1.0f) : 0.0f;      // [-1, 5)
-    hue += sixths;                                                                           // [-1, 11)
-    r = hue_channel(high, chroma, hue + 5);                                                  // arguments in [0, 16)
-    g = hue_channel(high, chroma, hue + 3);
-    b = hue_channel(high, chroma, hue + 1);
+    const float chroma = high - low;
+    const bool red = high == r, green = high == g;
+    const float difference = red ? g - b : green ? b - r : r - g;
+    const float turned = sixths + (red ? 0.0f : green ? 2.0f : 4.0f);
+    const float hue = turned * chroma + difference;                         // [-1, 11) chroma
+    r = hue_channel(high, chroma, hue - 3 * chroma);
+    g = hue_channel(high, chroma, hue - 5 * chroma);
+    b = hue_channel(high, chroma, hue - 7 * chroma);
 }
 
 EMPSSL_FN float solarized(float x) { return x >= (float)(128.0 / 255.0) ? 1 - x : x; }
+
+// The code of an order (0..23), one of itertools.permutations(range(4)), as its four operations: four bits each, the
+// first operation lowest.
+EMPSSL_FN unsigned unpack_order(int code) {
+    unsigned left = 0x3210, order = 0;
+    for (int place = 0; place < 4; ++place) {
+        const int block = place == 0 ? 6 : place == 1 ? 2 : 1, shift = 4 * (code / block);
+        code %= block;
+        order |= (left >> shift & 15) << 4 * place;
+        left = (left & ((1u << shift) - 1)) | left >> (shift + 4) << shift;
+    }
+    return order;
+}
+
+// ---- blur ----
 
 // Where a tap that falls outside s pixels reads: mirrored about the border pixels, as often as needed.
 EMPSSL_FN int reflected(int i, int s) {
     if (i >= 0 && i < s) return i;
     if (s == 1) return 0;
-    int period = 2 * (s - 1);
+    const int period = 2 * (s - 1);
     i %= period;
     if (i < 0) i += period;
     return i < s ? i : period - i;
 }
 
-EMPSSL_FN void blur_taps(float sigma, float* weight) {
-    float sum = 0;
-    for (int t = 0; t < BLUR_TAPS; ++t) {
-        float x = (t - BLUR_RADIUS) / sigma;
-        weight[t] = expf(-0.5f * x * x);
-        sum += weight[t];
-    }
-    for (int t = 0; t < BLUR_TAPS; ++t) weight[t] /= sum;
-}
-
-// The code of an order (0..23) as the four operations 0..3 in the order of itertools.permutations(range(4)).
-EMPSSL_FN void unpack_order(int code, int* operation) {
-    int left[4] = {0, 1, 2, 3};
-    int block = 6;
-    for (int place = 0; place < 3; ++place) {
-        int pick = code / block;
-        code %= block;
-        operation[place] = left[pick];
-        for (int i = pick; i < 3; ++i) left[i] = left[i + 1];
-        block /= 3 - place;
-    }
-    operation[3] = left[0];
+// The weight of tap t, before they are divided by their sum. What is below 1e-26 is 0: denormal numbers are slow.
+EMPSSL_FN float blur_weight(float sigma, int t) {
+    const float x = (float)(t - BLUR_RADIUS) / sigma, half = 0.5f * x * x;
+    return half < 60 ? expf(-half) : 0.0f;
 }

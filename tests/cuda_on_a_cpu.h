@@ -48,7 +48,7 @@ enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicShare
 static const cudaError_t cudaSuccess = nullptr;
 
 struct Place { unsigned x; };
-inline Place threadIdx, blockIdx;
+inline Place threadIdx, blockIdx, blockDim;
 
 namespace on_a_cpu {
 
@@ -114,6 +114,7 @@ void launch(const Body& kernel, unsigned blocks, unsigned threads, int64_t bytes
     error = bytes > SHARED ? "more shared memory than a block has" : nullptr;
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     body = &kernel;
+    blockDim.x = threads;
     call = [](const void* body) { (*(const Body*)body)(); };
     for (blockIdx.x = 0; blockIdx.x < blocks && !error; ++blockIdx.x) {
         memset(shared, UNWRITTEN, sizeof shared);
@@ -146,6 +147,8 @@ T __shfl_down_sync(unsigned, T x, unsigned lanes) {
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = on_a_cpu::SHARED, cudaSuccess; }
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+template <typename Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, Kernel*) { return of->sharedSizeBytes = 2048, cudaSuccess; }
 template <typename Kernel> cudaError_t cudaFuncSetAttribute(Kernel*, int, int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return on_a_cpu::error; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error; }

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     reason="no compiled module, no compiler, or none of Linux's fibers",
 )
 HERE, CSRC = Path(__file__).parent, Path(__file__).parent.parent / "csrc"
-LARGEST = {torch.float32: 240, torch.float64: 169}  # rows of a matrix in an H100's shared memory
+LARGEST = {torch.float32: 239, torch.float64: 169}  # rows of a matrix in an H100's shared memory
 WRAPPERS = """
 #include "empssl.h"
 extern "C" const char* extract_patches(const PatchJob* job) {
@@ -245,14 +245,17 @@ def test_a_training_follows_the_references(kernels, monkeypatch):
 @pytest.mark.parametrize(
     "change,seen",
     [
-        (lambda source: source.replace("__syncthreads();", ""), AssertionError),
+        (
+            lambda source: source.replace("__syncthreads();", ""),
+            (AssertionError, RuntimeError),  # wrong, or a deadlock that is seen
+        ),
         (
             lambda source: source.replace("__syncthreads();", "if (threadIdx.x) __syncthreads();"),
             RuntimeError,
         ),
         (
             lambda source: source.replace("* element", "* element / 2").replace(
-                "return 4 *", "return 2 *"
+                "return 3 *", "return 1 *"
             ),
             RuntimeError,
         ),
