@@ -20,14 +20,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import (
-    cudart,
-    find_cuda,
-    find_cxx,
-    may_have_cuda,
-    must_have_cuda,
-    why_no_nvcc,
-)
+from build_backend import cudart, find_cuda, find_cxx, may_have_cuda, must_have_cuda, why_no_nvcc
 
 CSRC = Path(__file__).parent / "csrc"
 ARCHITECTURES = (75, 80, 90, 100, 120)
