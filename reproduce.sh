@@ -20,7 +20,7 @@ setup() {                                           # setup EXTRAS MODULE...: le
     PY=.venv/bin/python
     [ -x "$PY" ] || PY=$(command -v "${PYTHON:-python3}") || { echo "error: there is no python3; install Python 3.10 or newer." >&2; exit 2; }
     if has torch torchvision tqdm filelock "$@"; then       # the compiled ops too, where they are missing and can be built
-        has _empssl || ! has pybind11 ninja setuptools || "$PY" setup.py --quiet build_ext --inplace
+        has _empssl || ! has pybind11 ninja setuptools || build
         return
     fi
     if [ "$PY" != .venv/bin/python ]; then
@@ -32,9 +32,16 @@ setup() {                                           # setup EXTRAS MODULE...: le
     "$PY" -m pip install --quiet --editable ".[$extras]"
 }
 
+build() {                                           # the compiled ops, in place; into .venv by pip where it must fetch nvcc for it
+    if [ "$PY" = .venv/bin/python ] && "$PY" -c "import build_backend as b, sys; sys.exit(not b.cuda_wheels())"; then
+        "$PY" -m pip install --quiet --no-deps --editable . && return
+    fi
+    "$PY" setup.py --quiet build_ext --inplace      # nothing to do where it is up to date
+}
+
 setup_tests() {
     setup dev,figures pytest pytest_timeout hypothesis ruff matplotlib sklearn pybind11 ninja setuptools
-    "$PY" setup.py --quiet build_ext --inplace      # nothing to do where it is up to date
+    build
 }
 
 case $command in
@@ -66,7 +73,7 @@ test-long)
 gpu)
     setup dev pytest pytest_timeout hypothesis pybind11 ninja setuptools
     "$PY" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "error: PyTorch sees no GPU here; run this where there is one." >&2; exit 2; }
-    "$PY" setup.py --quiet build_ext --inplace
+    build
     "$PY" -m pytest tests/test_ops.py
     for tool in memcheck racecheck; do
         compute-sanitizer --tool "$tool" --kernel-regex 'kns=(extract_patches|logdet_spd)_kernel' --report-api-errors no --error-exitcode 1 \

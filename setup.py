@@ -1,17 +1,17 @@
 """Builds the compiled ops, module `_empssl`, with ninja. No torch is needed for it.
 
 EMPSSL_CUDA=0   leave CUDA out
-EMPSSL_CUDA=1   CUDA even where no driver is seen; where there is no nvcc, it comes as wheels
+EMPSSL_CUDA=1   CUDA even where no driver is seen
 EMPSSL_ARCHS    GPU architectures, such as "80 90"; by default 75 80 90 100 120, as far as nvcc goes
-CXX             the C++ compiler
+CXX             the C++ compiler, with its flags
 
+Where there is a driver and no nvcc, pip fetches one for the build (build_backend.py).
 With no C++ compiler the install goes on without the ops, which then run as PyTorch references.
 """
 
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,9 +20,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+from build_backend import cudart, find_cuda, find_cxx, may_have_cuda, must_have_cuda, why_no_nvcc
+
 CSRC = Path(__file__).parent / "csrc"
 ARCHITECTURES = (75, 80, 90, 100, 120)
-CUDA_WHEELS = ["nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
 
 CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall "
@@ -48,66 +49,35 @@ def say(sentence: str) -> None:
         pass
 
 
-# ---- what there is to build with ----
-
-
-def find_cxx() -> str | None:
-    names = ["c++", "g++", "clang++"]
-    if os.environ.get("CXX"):
-        names = [os.environ["CXX"]]  # it may be two words, such as "ccache g++"
-    return next((name for name in names if shutil.which(name.split()[0])), None)
-
-
-def find_cuda() -> Path | None:
-    """The toolkit's folder: of nvcc on PATH, CUDA_HOME, /usr/local/cuda, or the wheels."""
-    places = []
-    if nvcc := shutil.which("nvcc"):
-        places.append(Path(nvcc).resolve().parent.parent)
-    places += [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    places.append(Path("/usr/local/cuda"))
-    for entry in map(Path, sys.path):
-        places += sorted(entry.glob("nvidia/cu1*"), reverse=True)
-    return next((p for p in places if (p / "bin" / "nvcc").exists() and cudart(p)), None)
-
-
-def cudart(cuda: Path) -> Path | None:
-    """The static runtime, so that torch's CUDA version need not match; a wrapper has none."""
-    folders = (cuda / "lib64", cuda / "lib", *sorted(cuda.glob("targets/*/lib")))
-    files = (folder / "libcudart_static.a" for folder in folders)
-    return next((file for file in files if file.exists()), None)
-
-
-def wants_cuda() -> bool:
-    return os.environ.get("EMPSSL_CUDA") != "0"
-
-
-def must_have_cuda() -> bool:
-    return os.environ.get("EMPSSL_CUDA") == "1"
-
-
-def needs_cuda_wheels() -> bool:
-    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
-    asked = wants_cuda() and (must_have_cuda() or driver)
-    return bool(asked and find_cxx() and not find_cuda() and "build_ext" not in sys.argv)
+class BuildError(Exception):
+    """What the compilers said."""
 
 
 def architectures(nvcc: Path) -> list[int]:
     if chosen := os.environ.get("EMPSSL_ARCHS"):
         numbers = chosen.replace(",", " ").replace(".", "").split()
-        if not all(number.isdecimal() for number in numbers):
+        if not numbers or not all(number.isdecimal() for number in numbers):
             raise SystemExit(f"EMPSSL_ARCHS is {chosen!r}; give numbers such as 80 90.")
-        return sorted(map(int, numbers))
+        return sorted(set(map(int, numbers)))
     asked = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
     if asked.returncode:
         raise BuildError(asked.stderr)
-    return [a for a in ARCHITECTURES if f"sm_{a}" in asked.stdout.split()]
+    found = [a for a in ARCHITECTURES if f"sm_{a}" in asked.stdout.split()]
+    if not found:
+        raise BuildError(f"{nvcc} knows none of the architectures {ARCHITECTURES}.")
+    return found
 
 
-# ---- building ----
-
-
-class BuildError(Exception):
-    """What the compilers said."""
+def host_compiler() -> str:
+    """The C++ compiler as nvcc takes it: one program, and each of its flags by -Xcompiler."""
+    words = shlex.split(find_cxx())
+    # A launcher such as ccache may stand before the compiler, and flags after it.
+    named = (i for i, word in enumerate(words) if "++" in Path(word).name)
+    at = next(named, 0)
+    options = ["-ccbin", words[at]]
+    for flag in words[at + 1 :]:
+        options += ["-Xcompiler", flag.replace(",", "\\,")]  # at a bare comma nvcc would split it
+    return shlex.join(options)
 
 
 class NinjaFile:
@@ -140,7 +110,12 @@ class NinjaBuild(build_ext):
     """One edge a source file and instruction set: parallel, and rebuilt when something changed."""
 
     def build_extension(self, ext):
-        cuda = find_cuda() if wants_cuda() else None
+        cuda = find_cuda() if may_have_cuda() else None
+        if not cuda and (why := why_no_nvcc()):
+            say(why)
+        self.build_or_say_why_not(ext, cuda)
+
+    def build_or_say_why_not(self, ext, cuda: Path | None) -> None:
         try:
             self.build(ext, cuda)
         except BuildError as error:
@@ -152,7 +127,7 @@ class NinjaBuild(build_ext):
                 f"{cuda / 'bin' / 'nvcc'} could not compile the CUDA kernels, so the ops are built "
                 f"for the CPU alone; EMPSSL_CUDA=1 pip install -v -e . shows why."
             )
-            self.build(ext, None)
+            self.build_or_say_why_not(ext, None)
 
     def build(self, ext, cuda: Path | None) -> None:
         import ninja
@@ -199,12 +174,13 @@ class NinjaBuild(build_ext):
         return "-DEMPSSL_X86" if x86 else "", link
 
     def add_cuda(self, file: NinjaFile, cuda: Path, archs: list[int]) -> tuple[str, str]:
-        """CUDA's kernels: machine code of each architecture, and PTX of the newest."""
+        """CUDA's kernels: machine code of each architecture, and PTX of the lowest."""
         code = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        code += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        host = find_cxx().split()[-1]
+        # A driver makes machine code of PTX for any later GPU. That of the lowest architecture
+        # serves those between two of the list as well, such as sm_110.
+        code += f" -gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"
         command = (
-            f"{cuda}/bin/nvcc -MD -MF $out.d -O3 -std=c++17 -ccbin {host} --threads 2 {code} "
+            f"{cuda}/bin/nvcc -MD -MF $out.d -O3 -std=c++17 {host_compiler()} --threads 2 {code} "
             f"-Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out"
         )
         file.rule("nvcc", command)
@@ -227,8 +203,4 @@ def extensions() -> list[Extension]:
     return [Extension("_empssl", [])]
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": NinjaBuild},
-    setup_requires=CUDA_WHEELS if needs_cuda_wheels() else [],
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})

@@ -76,14 +76,22 @@ _tried: dict[int, str] = {}
 
 
 def why_unusable(index: int) -> str:
-    """Empty where this build's kernels run on that GPU; found out once, by running one."""
-    if index not in _tried:
-        A = torch.ones(1, 1, 1, device=torch.device("cuda", index))
-        try:
-            run_logdet_kernel(A, torch.empty_like(A[:, 0, 0]), torch.empty_like(A))
-            _tried[index] = ""
-        except RuntimeError as error:  # a driver or a GPU that the build does not fit
-            _tried[index] = f"the build's CUDA kernels do not run on this GPU ({error})"
+    """Empty where this build's kernels run on that GPU; found out once, by running one.
+
+    While a CUDA graph is captured nothing may wait for the GPU. A launch is taken to work then,
+    and raises `RuntimeError` itself where it does not; the next call outside of a capture asks.
+    """
+    if index in _tried:
+        return _tried[index]
+    if torch.cuda.is_current_stream_capturing():
+        return ""
+    A = torch.ones(1, 1, 1, dtype=torch.float32, device=torch.device("cuda", index))
+    try:
+        run_logdet_kernel(A, torch.empty_like(A[:, 0, 0]), torch.empty_like(A))
+        torch.cuda.synchronize(index)  # the launch returns before the kernel can have failed
+        _tried[index] = ""
+    except RuntimeError as error:  # a driver or a GPU that the build does not fit
+        _tried[index] = f"the build's CUDA kernels do not run on this GPU ({error})"
     return _tried[index]
 
 

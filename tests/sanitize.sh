@@ -5,7 +5,7 @@ case $1 in /*) python=$1 ;; *) python=$PWD/$1 ;; esac        # it stays valid in
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-cp -r setup.py pyproject.toml README.md csrc empssl.py empssl_support tests "$build"
+cp -r setup.py build_backend.py pyproject.toml README.md csrc empssl.py empssl_support tests "$build"
 cd "$build"
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 export EMPSSL_CUDA=0

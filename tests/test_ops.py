@@ -4,11 +4,13 @@ On the CPU and, where there is one, on a GPU. What torchvision says of the refer
 test_patches.py.
 """
 
+import contextlib
 import math
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -363,11 +365,12 @@ def test_pytorch_sees_the_ops_whole(device):
 
 
 @pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
-def test_cuda_graph_capture():
+def test_cuda_graph_capture(monkeypatch):
     images, index = random_images(8, 32, 32, device="cuda"), torch.arange(8, device="cuda")
     params, A = sample_patches(8, 4, (32, 32), Augmentation()).cuda(), spd(4, 20, device="cuda")
     expected = extract(images, index, params, 32, torch.float32), logdet(A)
     torch.cuda.synchronize()
+    monkeypatch.setattr(ops, "_tried", {})  # as if these were the first calls
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = extract(images, index, params, 32, torch.float32), logdet(A)
@@ -577,6 +580,53 @@ def test_without_the_module_the_references_run_and_say_so(monkeypatch):
         "PyTorch reference (it is missing)" in line
         for line in ops.describe(torch.device("cpu"), 32, 100)
     )
+
+
+class StandInForAGPU:
+    """As far as the trial of a kernel needs one; `fails` names the call that raises."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.fails, self.capturing = [], None, False
+        ones = torch.ones
+        monkeypatch.setattr(torch, "ones", lambda *shape, device, dtype: ones(*shape, dtype=dtype))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda index: self.call("wait", index))
+        monkeypatch.setattr(ops, "run_logdet_kernel", lambda *matrices: self.call("launch"))
+        monkeypatch.setattr(ops, "_tried", {})
+        module = SimpleNamespace(cuda=True, logdet_spd_cuda_largest=lambda size: 240)
+        monkeypatch.setattr(ops, "_empssl", module)
+
+    def call(self, *call):
+        self.calls.append(call)
+        if call[0] == self.fails:
+            raise RuntimeError(f"the {call[0]} failed")
+
+    def implementation(self):
+        return ops.implementation("logdet_spd", torch.device("cuda", 1), 100, torch.float32)
+
+
+@pytest.mark.parametrize("fails", [None, "launch", "wait"])
+def test_a_gpu_is_tried_once_and_its_kernel_waited_for(monkeypatch, fails):
+    gpu = StandInForAGPU(monkeypatch)
+    gpu.fails = fails
+    first = gpu.implementation()
+    assert gpu.calls == ([("launch",)] if fails == "launch" else [("launch",), ("wait", 1)])
+    assert first[0] == (fails is None) and (fails is None or f"the {fails} failed" in first[1])
+    gpu.calls.clear()
+    assert gpu.implementation() == first and gpu.calls == []
+
+
+def test_no_gpu_is_tried_while_a_graph_is_captured(monkeypatch):
+    gpu = StandInForAGPU(monkeypatch)
+    gpu.fails, gpu.capturing = "wait", True
+    assert gpu.implementation()[0] and gpu.calls == []
+    # What is taken to work then is not taken to work for good.
+    gpu.capturing = False
+    assert not gpu.implementation()[0]
+    assert gpu.calls == [("launch",), ("wait", 1)]
+    gpu.capturing = True
+    assert not gpu.implementation()[0]
 
 
 @on_each_device
