@@ -360,7 +360,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.project(self.representation(x))
-        return F.normalize(z.float(), dim=-1)  # (P, d)
+        return F.normalize(at_least_float32(z), dim=-1)  # (P, d)
 
 
 def resnet18_backbone(patch_size: int, drop_last_stage: bool) -> tuple[nn.Module, int]:

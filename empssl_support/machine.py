@@ -81,9 +81,12 @@ def provenance(device: str) -> dict:
     }
 
 
-def commit() -> str:
-    """The commit of this code, `-dirty` where tracked code was changed; `unknown` outside git."""
-    here = Path(__file__).resolve().parent.parent
+def commit(folder: Path | None = None) -> str:
+    """The commit of the code in a folder, by default of this program.
+
+    With `-dirty` where tracked code was changed; `unknown` outside git.
+    """
+    here = folder or Path(__file__).resolve().parent.parent
     try:
         head = git(here, "rev-parse", "HEAD")
         code = ["--", ".", ":!study/results", ":!*.md"]

@@ -1,1 +1,1 @@
-"""Speed: verify, then time. One line a machine of study/results/ops.jsonl and step.jsonl."""
+"""Speed: verify, then time. One line a machine of study/results/: ops, step, official.jsonl."""
