@@ -32,15 +32,15 @@ Isa best_isa() {
 
 Isa isa = best_isa();
 #define EMPSSL_PICK(name) (isa == AVX512 ? name##_avx512 : isa == AVX2 ? name##_avx2 : name##_baseline)
-#define EMPSSL_PICK_OF(name, T) (isa == AVX512 ? name##_avx512<T> : isa == AVX2 ? name##_avx2<T> : name##_baseline<T>)
+#define EMPSSL_PICK_OF(name, T) (isa == BASELINE ? name##_baseline<T> : name##_avx2<T>)   // wider vectors are no faster
 #else
 #define EMPSSL_PICK(name) name##_baseline
 #define EMPSSL_PICK_OF(name, T) name##_baseline<T>
 #endif
 
-std::string isa_name() {
+std::string isa_name(const std::string& op) {
 #if defined(EMPSSL_X86)
-    return isa == AVX512 ? "avx512" : isa == AVX2 ? "avx2" : "baseline";
+    return isa == BASELINE ? "baseline" : isa == AVX512 && op == "extract_patches" ? "avx512" : "avx2";
 #else
     return "baseline";
 #endif

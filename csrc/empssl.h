@@ -1,4 +1,4 @@
-// What the kernels are handed: plain pointers and sizes, checked by empssl_ops.py and again by bindings.cpp.
+// What the kernels are handed: plain pointers and sizes, checked by empssl_support/ops.py and again by bindings.cpp.
 #pragma once
 
 #include <stdint.h>
@@ -24,7 +24,6 @@ void extract_patches_avx512(const PatchJob& job, int64_t from, int64_t to, float
 // CPU: one symmetric positive definite matrix; only its lower triangle is read. NaN where it is not one.
 template <typename T> void logdet_spd_baseline(const T* A, int64_t k, T* logdet, T* inverse, T* column);
 template <typename T> void logdet_spd_avx2(const T* A, int64_t k, T* logdet, T* inverse, T* column);
-template <typename T> void logdet_spd_avx512(const T* A, int64_t k, T* logdet, T* inverse, T* column);
 
 // CUDA: launched on `stream` of the current device, nothing is synchronised. Null on success, else what went wrong.
 const char* extract_patches_cuda(const PatchJob& job, void* stream);

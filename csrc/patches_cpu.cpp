@@ -109,45 +109,6 @@ static float mean_grey(const float* r, const float* g, const float* b, int pixel
     return (float)(sum / pixels);
 }
 
-static void jitter(const float* p, float* __restrict r, float* __restrict g, float* __restrict b, int pixels) {
-    unsigned order = unpack_order((int)p[ORDER]);
-    for (int step = 0; step < 4; ++step, order >>= 4) {
-        const int operation = order & 15;
-        if (operation == 0 && p[BRIGHTNESS] != 1) {
-            const float f = p[BRIGHTNESS];
-            for (int i = 0; i < pixels; ++i) {
-                r[i] = clamp01(f * r[i]);
-                g[i] = clamp01(f * g[i]);
-                b[i] = clamp01(f * b[i]);
-            }
-        } else if (operation == 1 && p[CONTRAST] != 1) {
-            const float f = p[CONTRAST], mean = mean_grey(r, g, b, pixels);
-            for (int i = 0; i < pixels; ++i) {
-                r[i] = blend(r[i], mean, f);
-                g[i] = blend(g[i], mean, f);
-                b[i] = blend(b[i], mean, f);
-            }
-        } else if (operation == 2 && p[SATURATION] != 1) {
-            const float f = p[SATURATION];
-            for (int i = 0; i < pixels; ++i) {
-                const float grey = grey_of(r[i], g[i], b[i]);
-                r[i] = blend(r[i], grey, f);
-                g[i] = blend(g[i], grey, f);
-                b[i] = blend(b[i], grey, f);
-            }
-        } else if (operation == 3 && p[HUE] != 0) {
-            const float sixths = hue_sixths(p[HUE]);
-            for (int i = 0; i < pixels; ++i) {
-                float R = r[i], G = g[i], B = b[i];
-                rotate_hue(R, G, B, sixths);
-                r[i] = R;
-                g[i] = G;
-                b[i] = B;
-            }
-        }
-    }
-}
-
 static void blur(float sigma, float* plane, int s, float* memory) {
     float weight[BLUR_TAPS], total = 0;
     for (int t = 0; t < BLUR_TAPS; ++t) total += weight[t] = blur_weight(sigma, t);
@@ -205,9 +166,9 @@ static inline uint16_t to_float16(float x) {            // round to nearest even
 }
 
 template <typename Out, typename Convert>
-static void store(const float* plane, int pixels, float offset, Out* out, Convert convert) {
+static void store(const float* plane, int pixels, Out* out, Convert convert) {
     for (int i = 0; i < pixels; ++i)
-        for (int c = 0; c < 3; ++c) out[3 * i + c] = convert(2 * plane[c * pixels + i] + offset);
+        for (int c = 0; c < 3; ++c) out[3 * i + c] = convert(plane[c * pixels + i]);
 }
 
 void JOIN(extract_patches_, VARIANT)(const PatchJob& job, int64_t from, int64_t to, float* scratch) {
@@ -216,20 +177,25 @@ void JOIN(extract_patches_, VARIANT)(const PatchJob& job, int64_t from, int64_t 
     for (int64_t patch = from; patch < to; ++patch) {
         const float* p = job.params + patch * K;
         crop(job, job.index[patch % job.b], p, plane, memory);
-        float *r = plane, *g = r + pixels, *b = g + pixels;
-        jitter(p, r, g, b, pixels);
-        if (p[GREY] > 0)
-            for (int i = 0; i < pixels; ++i) r[i] = g[i] = b[i] = grey_of(r[i], g[i], b[i]);
+        float *__restrict r = plane, *__restrict g = r + pixels, *__restrict b = g + pixels;
+        const auto each = [=](const auto& change) {
+            for (int i = 0; i < pixels; ++i) {
+                float red = r[i], green = g[i], blue = b[i];
+                change(red, green, blue);
+                r[i] = red;
+                g[i] = green;
+                b[i] = blue;
+            }
+        };
+        recolour(p, each, [=] { return mean_grey(r, g, b, pixels); });
         if (p[SIGMA] > 0) blur(p[SIGMA], plane, s, memory);
-        if (p[SOLARIZE] > 0)
-            for (int i = 0; i < 3 * pixels; ++i) plane[i] = solarized(plane[i]);
+        finish(p, each);
         const int64_t start = patch * 3 * pixels;
-        const float offset = offset_of(p);
         if (job.out_type == OUT_FLOAT32)
-            store(plane, pixels, offset, (float*)job.out + start, [](float x) { return x; });
+            store(plane, pixels, (float*)job.out + start, [](float x) { return x; });
         else if (job.out_type == OUT_BFLOAT16)
-            store(plane, pixels, offset, (uint16_t*)job.out + start, to_bfloat16);
+            store(plane, pixels, (uint16_t*)job.out + start, to_bfloat16);
         else
-            store(plane, pixels, offset, (uint16_t*)job.out + start, to_float16);
+            store(plane, pixels, (uint16_t*)job.out + start, to_float16);
     }
 }

@@ -26,6 +26,12 @@ int64_t shared_bytes(int64_t s) { return 3 * s * s * (int64_t)sizeof(float); }
 // A thread's pixels. Those beyond the patch, which the last threads have, stay black until they are left out.
 struct Pixels {
     float r[PIXELS], g[PIXELS], b[PIXELS];
+
+    template <typename Change>
+    __device__ void operator()(const Change& change) {
+#pragma unroll
+        for (int q = 0; q < PIXELS; ++q) change(r[q], g[q], b[q]);
+    }
 };
 
 // Where pixel i of a patch lies. A division of whole numbers takes twenty instructions; this one is exact, since i is
@@ -35,19 +41,22 @@ __device__ void find(int i, int s, int& row, int& column) {
     column = i - row * s;
 }
 
-// Both axes' taps, the patch's columns already flipped, in 16-byte words.
+// The taps of each row or column of the patch, flipped if it is, in 16-byte words.
 struct alignas(16) Axis {
     Taps taps[LARGEST];
 };
 
-__device__ float block_sum(float x) {                       // may be called once
+__device__ float mean_grey(const Pixels& x, int pixels) {                           // may be called once
     __shared__ float part[MOST_THREADS / WARP];
-    for (int lanes = WARP / 2; lanes; lanes /= 2) x += __shfl_down_sync(~0u, x, lanes);
-    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
-    __syncthreads();
     float sum = 0;
-    for (int warp = 0; warp < blockDim.x / WARP; ++warp) sum += part[warp];         // every thread, in one order
-    return sum;
+#pragma unroll
+    for (int q = 0; q < PIXELS; ++q) sum += grey_of(x.r[q], x.g[q], x.b[q]);
+    for (int lanes = WARP / 2; lanes; lanes /= 2) sum += __shfl_down_sync(~0u, sum, lanes);
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    float total = 0;
+    for (int warp = 0; warp < blockDim.x / WARP; ++warp) total += part[warp];       // every thread, in one order
+    return total / pixels;
 }
 
 // x / 255 as exactly as a division gives it.
@@ -87,46 +96,6 @@ __device__ void crop(const PatchJob& job, const uint8_t* corner, const float* p,
         x.r[q] = of_255(x.r[q] * scale);
         x.g[q] = of_255(x.g[q] * scale);
         x.b[q] = of_255(x.b[q] * scale);
-    }
-}
-
-__device__ void jitter(const float* p, int pixels, Pixels& x) {
-    unsigned order = unpack_order((int)p[ORDER]);
-    for (int step = 0; step < 4; ++step, order >>= 4) {
-        const int operation = order & 15;
-        if (operation == 0 && p[BRIGHTNESS] != 1) {
-            const float f = p[BRIGHTNESS];
-#pragma unroll
-            for (int q = 0; q < PIXELS; ++q) {
-                x.r[q] = clamp01(f * x.r[q]);
-                x.g[q] = clamp01(f * x.g[q]);
-                x.b[q] = clamp01(f * x.b[q]);
-            }
-        } else if (operation == 1 && p[CONTRAST] != 1) {
-            float sum = 0;
-#pragma unroll
-            for (int q = 0; q < PIXELS; ++q) sum += grey_of(x.r[q], x.g[q], x.b[q]);
-            const float f = p[CONTRAST], mean = block_sum(sum) / pixels;
-#pragma unroll
-            for (int q = 0; q < PIXELS; ++q) {
-                x.r[q] = blend(x.r[q], mean, f);
-                x.g[q] = blend(x.g[q], mean, f);
-                x.b[q] = blend(x.b[q], mean, f);
-            }
-        } else if (operation == 2 && p[SATURATION] != 1) {
-            const float f = p[SATURATION];
-#pragma unroll
-            for (int q = 0; q < PIXELS; ++q) {
-                const float grey = grey_of(x.r[q], x.g[q], x.b[q]);
-                x.r[q] = blend(x.r[q], grey, f);
-                x.g[q] = blend(x.g[q], grey, f);
-                x.b[q] = blend(x.b[q], grey, f);
-            }
-        } else if (operation == 3 && p[HUE] != 0) {
-            const float sixths = hue_sixths(p[HUE]);
-#pragma unroll
-            for (int q = 0; q < PIXELS; ++q) rotate_hue(x.r[q], x.g[q], x.b[q], sixths);
-        }
     }
 }
 
@@ -211,8 +180,6 @@ __global__ void __launch_bounds__(MOST_THREADS) extract_patches_kernel(const __g
     if (threadIdx.x < K) p[threadIdx.x] = job.params[patch * K + threadIdx.x];
     __syncthreads();
     const int64_t image = job.index[patch % job.b];
-    float offset = nanf("");
-    bool solarize = false;
     Pixels x = {};
     if (image >= 0 && image < job.N && patch_is_valid(p, job.H, job.W)) {
         for (int i = threadIdx.x; i < 2 * s; i += blockDim.x) {
@@ -225,19 +192,12 @@ __global__ void __launch_bounds__(MOST_THREADS) extract_patches_kernel(const __g
         __syncthreads();
         crop(job, job.images + image * job.stride_n + (int64_t)p[TOP] * job.stride_h + (int64_t)p[LEFT] * job.stride_w, p,
              down, across, x);
-        jitter(p, pixels, x);
-        if (p[GREY] > 0)
-#pragma unroll
-            for (int q = 0; q < PIXELS; ++q) x.r[q] = x.g[q] = x.b[q] = grey_of(x.r[q], x.g[q], x.b[q]);
+        const auto each = [&](const auto& change) { x(change); };
+        recolour(p, each, [&] { return mean_grey(x, pixels); });
         if (p[SIGMA] > 0) blur(p[SIGMA], s, (float*)memory, x);
-        offset = offset_of(p);
-        solarize = p[SOLARIZE] > 0;
-    }
-#pragma unroll
-    for (int q = 0; q < PIXELS; ++q) {
-        x.r[q] = 2 * (solarize ? solarized(x.r[q]) : x.r[q]) + offset;
-        x.g[q] = 2 * (solarize ? solarized(x.g[q]) : x.g[q]) + offset;
-        x.b[q] = 2 * (solarize ? solarized(x.b[q]) : x.b[q]) + offset;
+        finish(p, each);
+    } else {
+        x([](float& r, float& g, float& b) { r = g = b = nanf(""); });
     }
     store(x, pixels, (Out*)memory, (Out*)job.out + patch * 3 * pixels);
 }

@@ -75,16 +75,14 @@ EMPSSL_FN float grey_of(float r, float g, float b) { return 0.2989f * r + 0.587f
 
 EMPSSL_FN float blend(float x, float other, float factor) { return clamp01(factor * x + (1 - factor) * other); }
 
-// The shift as `rotate_hue` wants it: sixths of the circle, in [0, 6).
-EMPSSL_FN float hue_sixths(float shift) {
-    const float x = 6 * (shift - floorf(shift));
-    return x < 6 ? x : 0.0f;
-}
+// The shift as `rotate_hue` wants it: sixths of the circle, in [-3, 3).
+EMPSSL_FN float hue_sixths(float shift) { return 6 * (shift - floorf(shift + 0.5f)); }
 
-// One channel once the hue has been turned. Its share of the chroma is clamp01(2 - distance), where the distance goes
-// round the circle from the hue to the middle of the channel's own third; all is times chroma, so that nothing is divided.
-EMPSSL_FN float hue_channel(float value, float chroma, float from_opposite) {
-    const float a = fabsf(from_opposite), b = fabsf(a - 6 * chroma);        // |from_opposite| is at most 8 chroma
+// One channel once the hue has been turned. It falls below the value by its share of the chroma, clamp01(2 - distance),
+// where the distance goes round the circle from the hue to where the channel is 0. All is times chroma, so that nothing
+// is divided: |from_zero| is at most 9 chroma.
+EMPSSL_FN float hue_channel(float value, float chroma, float from_zero) {
+    const float a = fabsf(from_zero), b = fabsf(a - 6 * chroma);
     const float left = 2 * chroma - (a < b ? a : b);
     const float share = left < 0 ? 0.0f : left > chroma ? chroma : left;
     return value - share;
@@ -99,10 +97,10 @@ EMPSSL_FN void rotate_hue(float& r, float& g, float& b, float sixths) {
     const bool red = high == r, green = high == g;
     const float difference = red ? g - b : green ? b - r : r - g;
     const float turned = sixths + (red ? 0.0f : green ? 2.0f : 4.0f);
-    const float hue = turned * chroma + difference;                         // [-1, 11) chroma
+    const float hue = turned * chroma + difference;                         // [-4, 8) chroma
     r = hue_channel(high, chroma, hue - 3 * chroma);
-    g = hue_channel(high, chroma, hue - 5 * chroma);
-    b = hue_channel(high, chroma, hue - 7 * chroma);
+    g = hue_channel(high, chroma, hue + chroma);
+    b = hue_channel(high, chroma, hue - chroma);
 }
 
 EMPSSL_FN float solarized(float x) { return x >= (float)(128.0 / 255.0) ? 1 - x : x; }
@@ -118,6 +116,41 @@ EMPSSL_FN unsigned unpack_order(int code) {
         left = (left & ((1u << shift) - 1)) | left >> (shift + 4) << shift;
     }
     return order;
+}
+
+// Jitter, its four operations in the patch's own order, and grey. each(change) applies change(r, g, b) to every pixel of
+// the patch, and mean_grey() is the mean luma of them all.
+template <typename Each, typename Mean>
+EMPSSL_FN void recolour(const float* p, const Each& each, const Mean& mean_grey) {
+    unsigned order = unpack_order((int)p[ORDER]);
+    for (int step = 0; step < 4; ++step, order >>= 4) {
+        const int operation = order & 15;
+        if (operation == 0 && p[BRIGHTNESS] != 1) {
+            const float f = p[BRIGHTNESS];
+            each([=](float& r, float& g, float& b) { r = clamp01(f * r), g = clamp01(f * g), b = clamp01(f * b); });
+        } else if (operation == 1 && p[CONTRAST] != 1) {
+            const float f = p[CONTRAST], mean = mean_grey();
+            each([=](float& r, float& g, float& b) { r = blend(r, mean, f), g = blend(g, mean, f), b = blend(b, mean, f); });
+        } else if (operation == 2 && p[SATURATION] != 1) {
+            const float f = p[SATURATION];
+            each([=](float& r, float& g, float& b) {
+                const float grey = grey_of(r, g, b);
+                r = blend(r, grey, f), g = blend(g, grey, f), b = blend(b, grey, f);
+            });
+        } else if (operation == 3 && p[HUE] != 0) {
+            const float sixths = hue_sixths(p[HUE]);
+            each([=](float& r, float& g, float& b) { rotate_hue(r, g, b, sixths); });
+        }
+    }
+    if (p[GREY] > 0) each([](float& r, float& g, float& b) { r = g = b = grey_of(r, g, b); });
+}
+
+// Solarize, and scale to [-1, 1].
+template <typename Each>
+EMPSSL_FN void finish(const float* p, const Each& each) {
+    const float offset = offset_of(p);
+    if (p[SOLARIZE] > 0) each([](float& r, float& g, float& b) { r = solarized(r), g = solarized(g), b = solarized(b); });
+    each([=](float& r, float& g, float& b) { r = 2 * r + offset, g = 2 * g + offset, b = 2 * b + offset; });
 }
 
 // ---- blur ----

@@ -53,7 +53,7 @@ def implementation(
         return cuda_implementation(op, device, size, dtype)
     if op == "logdet_spd" and size >= LAPACK_FROM:
         return False, f"LAPACK is faster from {LAPACK_FROM} rows"
-    return True, f"CPU kernel, {_empssl.isa()}"
+    return True, f"CPU kernel, {_empssl.isa(op)}"
 
 
 def cuda_implementation(

@@ -217,6 +217,11 @@ def test_outside_is_nan_for_that_patch_alone(kernels, bad):
     assert x[1].isnan().all() and not x[0].isnan().any()
 
 
+@pytest.mark.parametrize("factor", ["brightness", "contrast", "saturation", "hue"])
+def test_a_factor_that_is_nan_makes_its_patch_nan_alone(kernels, factor):
+    test_ops.test_a_factor_that_is_nan_makes_its_patch_nan_alone("cpu", factor, None)
+
+
 def test_matrices(kernels):
     test_ops.test_logdet_and_inverse("cpu")
     test_ops.test_only_the_lower_triangle_is_read("cpu")

@@ -253,6 +253,16 @@ def test_nothing_to_do(device):
     )
 
 
+@on_each_device
+@pytest.mark.parametrize("factor", ["brightness", "contrast", "saturation", "hue"])
+def test_a_factor_that_is_nan_makes_its_patch_nan_alone(device, factor, isa):
+    images, index = random_images(1, 8, 8, device=device), torch.zeros(1, dtype=torch.long)
+    params = torch.cat([one(), one(**{factor: math.nan}), one()]).to(device)
+    for extracted in (extract, extract_patches_ref):
+        x = extracted(images, index.to(device), params, 8, torch.float32)
+        assert x.flatten(1).isnan().float().mean(1).tolist() == [0, 1, 0]
+
+
 BAD_PATCHES = [
     dict(index=1),
     dict(index=-1),
@@ -445,7 +455,7 @@ def spd(n, k, device="cpu", dtype=torch.float64, condition=10.0, seed=0):
 @on_each_device
 @settings(max_examples=60)
 @given(
-    n=st.integers(0, 5),
+    n=st.sampled_from([0, 20, 50]),  # the largest error of so many is no luck
     k=st.integers(1, 70),
     condition=st.sampled_from([1.0, 50.0, 1e4]),
     seed=st.integers(0, 99),
@@ -562,7 +572,7 @@ def test_the_cpu_kernels_are_in_use():
     lines = ops.describe(torch.device("cpu"), 32, 100)
     assert lines == [
         f"extract_patches: compiled (CPU kernel, {ISAS[-1]})",
-        f"logdet_spd: compiled (CPU kernel, {ISAS[-1]})",
+        f"logdet_spd: compiled (CPU kernel, {ISAS[:2][-1]})",
     ]
 
 
