@@ -197,7 +197,12 @@ def _extract_patches(
         return extract_patches_ref(images, index, params, s, dtype)
     n, b, _ = params.shape
     out = empty_patches(n * b, s, dtype, images.device)
-    index, params = index.contiguous(), params.contiguous()
+    run_patches_kernel(images, index.contiguous(), params.contiguous(), out)
+    return out
+
+
+def run_patches_kernel(images: Tensor, index: Tensor, params: Tensor, out: Tensor) -> None:
+    n, b, _ = params.shape
     arguments = (
         images.data_ptr(),
         list(images.shape),
@@ -206,9 +211,9 @@ def _extract_patches(
         params.data_ptr(),
         n,
         b,
-        s,
+        out.shape[-1],
         out.data_ptr(),
-        OUT_TYPES[dtype],
+        OUT_TYPES[out.dtype],
     )
     if images.device.type == "cuda":
         with torch.cuda.device(images.device):
@@ -216,7 +221,6 @@ def _extract_patches(
             _empssl.extract_patches_cuda(*arguments, stream)
     else:
         _empssl.extract_patches_cpu(*arguments, torch.get_num_threads())
-    return out
 
 
 @_extract_patches.register_fake

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 import empssl
 from empssl_support.cli import Stopped, UsageError, signals
 from empssl_support.settings import check_sizes
 from recipes import plain_folder
 from study.baselines.common import views
-from study.benchmarks import ops, step
+from study.benchmarks import ops, pipelines, step
 from study.experiments import laptop, paper, peers, records, runs, tables, transfer
 from study.experiments.runs import Recipe
 
@@ -326,13 +327,61 @@ def test_what_is_right_is_timed_beside_its_peers(monkeypatch):
         "its PyTorch reference",
         "torchvision v2, patch by patch",
         "this op, float32, one core",
+        "its kernel alone, float32, one core",
         "PIL, the official pipeline, one core",
         "official loop, d x d",
-        "torch.linalg, 5 rows",
+        "cholesky_ex and cholesky_inverse, 5 rows",
     ):
         assert name in names
     records.keep("ops", {"name": "a", "seed": 0, "hardware": "abacus", "metrics": {"rows": rows}})
     assert "| `extract_patches` | this op, bfloat16 | 8,000 patches/s |" in tables.ops()
+
+
+def test_the_kernel_alone_makes_the_ops_patches(monkeypatch):
+    """What is timed as the kernel alone leaves all patches in its output."""
+    kernel, made = ops.ops.run_patches_kernel, []
+
+    def kept(images, index, params, out):
+        kernel(images, index, params, out)
+        made.append((out, empssl.extract_patches_ref(images, index, params, 8)))
+
+    monkeypatch.setattr(ops.ops, "run_patches_kernel", kept)
+    ops.kernel_alone(4, 3, 8)(0)
+    ((ours, expected),) = made
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_peers_make_patches_in_their_range():
+    batch = torch.rand(8, 3, 32, 32)
+    torchvision, on_pil = pipelines.torchvision(16), pipelines.torchvision(16, on_pil=True)
+    patches = [torchvision(image) for image in batch]
+    patches += [on_pil(to_pil_image(image)) for image in batch]
+    patches = torch.stack(patches)
+    assert patches.shape == (16, 3, 16, 16)
+    assert patches.min() >= -1 and patches.max() <= 1 and patches.std() > 0.1
+
+
+def test_albumentations_makes_patches():
+    pytest.importorskip("albumentations")
+    pipeline = pipelines.albumentations(16)
+    image = (torch.rand(32, 32, 3) * 255).byte().numpy()
+    patch = pipeline(image)
+    assert patch.shape == (16, 16, 3) and abs(patch).max() <= 1 and patch.std() > 0.1
+
+
+def test_dali_makes_patches():
+    pytest.importorskip("nvidia.dali")
+    (patches,) = pipelines.dali(16, (torch.rand(8, 3, 32, 32) * 255).byte())(0)
+    patches = patches.as_array()
+    assert patches.shape == (8, 16, 16, 3) and abs(patches).max() <= 1 and patches.std() > 0.1
+
+
+def test_a_peer_that_is_not_installed_is_said(capsys):
+    def missing():
+        raise ImportError("No module named 'x'")
+
+    assert ops.installed({"x": missing, "y": lambda: 3}) == {"y": 3}
+    assert "x is not measured: No module named 'x'" in capsys.readouterr().out
 
 
 def test_a_peer_that_fails_is_left_out(capsys):

@@ -8,12 +8,11 @@ Figures to trust are the ratios within one run. The record is kept in study/resu
 
 import argparse
 import multiprocessing
-import random
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -21,6 +20,7 @@ import empssl
 from empssl_support import ops
 from empssl_support.cli import one_sentence
 from empssl_support.machine import provenance
+from study.benchmarks import pipelines
 from study.benchmarks.timing import median_seconds
 from study.experiments.records import keep
 
@@ -69,7 +69,7 @@ def cutting(op, device, b, n, s, dtype=torch.float32, augmentation=None):
 
 
 def bench_patches(device, b=100, n=20, s=32) -> list[dict]:
-    """The paper's augmentation."""
+    """The paper's augmentation, n patches of each of b images of 32x32."""
     ours, reference = empssl.extract_patches, empssl.extract_patches_ref
     exact = cutting(reference, device, b, 2, s, torch.float64)(0)
     verify("extract_patches", cutting(ours, device, b, 2, s)(0), exact)
@@ -79,18 +79,12 @@ def bench_patches(device, b=100, n=20, s=32) -> list[dict]:
         "its PyTorch reference": cutting(reference, device, b, n, s),
     }
     batch = torch.rand(n * b, 3, 32, 32, device=device)
-    try:
-        kornia = kornia_pipeline(s)
-        calls["kornia"] = lambda i: kornia(batch)
-    except ImportError:
-        print("kornia is not installed: not measured")
+    calls |= installed({"kornia": lambda: whole(pipelines.kornia(s), batch)})
+    if device.type == "cuda":
+        calls |= installed({"DALI": lambda: pipelines.dali(s, (batch * 255).byte())})
     rows = rows_of("extract_patches", calls, device, patches=n * b, s=s)
 
-    pipeline = torchvision_pipeline(s)
-    images = batch[:b]
-    calls = {
-        "torchvision v2, patch by patch": lambda i: [pipeline(image) for image in images],
-    }
+    calls = {"torchvision v2, patch by patch": one_by_one(pipelines.torchvision(s), batch[:b])}
     rows += rows_of("extract_patches", calls, device, patches=b, s=s)
 
     # torch.set_num_threads spoils batched LU (pytorch/pytorch#141358): in a process of its own.
@@ -100,52 +94,54 @@ def bench_patches(device, b=100, n=20, s=32) -> list[dict]:
 
 
 def bench_patches_on_one_core(b, n, s) -> list[dict]:
+    """The op as called, checks and memory for the patches included, and its kernel alone."""
     cpu = torch.device("cpu")
     calls = {
         "this op, float32, one core": cutting(empssl.extract_patches, cpu, b, n, s),
+        "its kernel alone, float32, one core": kernel_alone(b, n, s),
     }
     rows = rows_of("extract_patches", calls, cpu, patches=n * b, s=s)
-    pictures = [v2.functional.to_pil_image(torch.rand(3, 32, 32)) for _ in range(b)]
-    pipeline = torchvision_pipeline(s, on_pil=True)
-    calls = {
-        "PIL, the official pipeline, one core": lambda i: [pipeline(x) for x in pictures],
-    }
+    images = torch.rand(b, 3, 32, 32)
+    pictures = [v2.functional.to_pil_image(image) for image in images]
+    arrays = [np.asarray(picture) for picture in pictures]
+    official = pipelines.torchvision(s, on_pil=True)
+    calls = {"PIL, the official pipeline, one core": one_by_one(official, pictures)}
+    name = "albumentations, one core"
+    calls |= installed({name: lambda: one_by_one(pipelines.albumentations(s), arrays)})
     return rows + rows_of("extract_patches", calls, cpu, patches=b, s=s)
 
 
-def torchvision_pipeline(s: int, on_pil: bool = False):
-    """On a float tensor or, as the official code has it, on a PIL picture."""
-    blur = v2.Lambda(pil_blur) if on_pil else v2.GaussianBlur(13, (0.1, 2.0))
-    threshold = 128 if on_pil else 128 / 255
-    steps = [
-        v2.RandomResizedCrop(s, scale=(0.25, 0.25), ratio=(1, 1)),
-        v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.2)], 0.8),
-        v2.RandomGrayscale(0.2),
-        v2.RandomApply([blur], 0.1),
-        v2.RandomSolarize(threshold, 0.1),
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.5] * 3, [0.5] * 3),
-    ]
-    return v2.Compose(steps)
+def kernel_alone(b, n, s):
+    """A `call(i)` of the compiled function, its output there already."""
+    chance = empssl.generator(0, "benchmark", 0)
+    images = torch.randint(256, (b, 3, 32, 32), generator=chance).to(torch.uint8)
+    params = empssl.sample_patches(b, n, (32, 32), empssl.Augmentation(), chance)
+    index = torch.arange(b)
+    out = ops.empty_patches(n * b, s, torch.float32, images.device)
+
+    def call(i):
+        ops.run_patches_kernel(images, index, params, out)
+
+    return call
 
 
-def pil_blur(picture):
-    return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+def installed(makers: dict) -> dict:
+    """The calls that can be made; a peer that is not installed is said."""
+    calls = {}
+    for name, make in makers.items():
+        try:
+            calls[name] = make()
+        except ImportError as error:
+            print(f"{name} is not measured: {error}")
+    return calls
 
 
-def kornia_pipeline(s: int):
-    import kornia.augmentation as K
+def whole(pipeline, batch):
+    return lambda i: pipeline(batch)
 
-    return torch.nn.Sequential(
-        K.RandomResizedCrop((s, s), scale=(0.25, 0.25), ratio=(1.0, 1.0)),
-        K.RandomHorizontalFlip(),
-        K.ColorJitter(0.4, 0.4, 0.4, 0.2, p=0.8),
-        K.RandomGrayscale(p=0.2),
-        K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.1),
-        K.RandomSolarize(0.0, 0.0, p=0.1),
-    )
+
+def one_by_one(pipeline, images):
+    return lambda i: [pipeline(image) for image in images]
 
 
 def bench_common_part(device, b=100, n=200, s=16) -> list[dict]:
@@ -156,16 +152,9 @@ def bench_common_part(device, b=100, n=200, s=16) -> list[dict]:
     common = empssl.Augmentation(hue=0.0, blur=0.0, solarize=0.0)
     ours = cutting(empssl.extract_patches, device, b, n, s, torch.bfloat16, common)
     calls = {"this op, the common part, bfloat16": ours}
-    try:
-        from triton_augment import TritonFusedAugment
-
-        jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "grayscale_p": 0.2}
-        scale = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        theirs = TritonFusedAugment(crop_size=s, horizontal_flip_p=0.5, **jitter, **scale)
-        batch = torch.rand(n * b, 3, 32, 32, device=device).half()
-        calls["triton-augment, the common part, float16"] = lambda i: theirs(batch)
-    except ImportError:
-        print("triton-augment is not installed: not measured")
+    batch = torch.rand(n * b, 3, 32, 32, device=device).half()
+    name = "triton-augment, the common part, float16"
+    calls |= installed({name: lambda: whole(pipelines.triton_augment(s), batch)})
     return rows_of("extract_patches", calls, device, patches=n * b, s=s)
 
 
@@ -228,7 +217,7 @@ def bench_logdet(device, k) -> list[dict]:
         verify("logdet_spd", ours, truth)
     calls = {
         f"this op, {k} rows": lambda i: empssl.logdet_spd(A),
-        f"torch.linalg, {k} rows": lambda i: ops.logdet_spd_ref(A),
+        f"cholesky_ex and cholesky_inverse, {k} rows": lambda i: ops.logdet_spd_ref(A),
     }
     return rows_of("logdet_spd", calls, device, k=k)
 
