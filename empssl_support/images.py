@@ -4,6 +4,7 @@ Training needs any image at any moment, many times over. Pixels that lie decoded
 can be had like that without worker processes, and without more memory than a batch takes.
 """
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -22,13 +23,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from empssl_support.cli import UsageError, progress
+from empssl_support.files import flush_folder, write_text
 
 CACHE = Path("runs") / ".cache"
 # Endings of the files that count as images.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# A number to raise when files come out as other pixels than before: all are then decoded again.
+DECODING = 2
 
 
 class Split(NamedTuple):
@@ -38,18 +41,28 @@ class Split(NamedTuple):
     rows: list[int]  # (N,) which of the split's files they are, rising
 
 
+class Cached(NamedTuple):
+    """What a cache holds. Files are counted through both splits, first training, then test."""
+
+    pixels: Tensor  # (N, 3, size, size) uint8, memory-mapped
+    rows: list[int]  # (N,) which files they are, rising; the others could not be read
+    facts: list[str]  # what `fact` said of each file, readable or not
+
+
 def decode_once(
     folder: Path, files: dict[str, list[Path]], size: int | None
 ) -> tuple[dict[str, Split], str]:
-    """A folder's images as two memory-mapped uint8 tensors, decoded by the first call alone.
+    """A folder's images as two memory-mapped uint8 tensors, each decoded by the first call alone.
 
-    The first call writes the pixels of each split into one flat file below `runs/.cache`. It and
-    all later calls map these files into memory: a batch's pixels are read from the disk when they
-    are asked for, and the system keeps as many of them as it has room for.
+    The first call writes all pixels into one flat file below `runs/.cache`. It and all later calls
+    map this file into memory: a batch's pixels are read from the disk when they are asked for, and
+    the system keeps as many of them as it has room for.
 
     The cache's name holds a fingerprint of the images' paths, sizes and dates. So when a file
-    changes, is added or goes, no cache of the right name is found: the images are decoded again,
-    and the old cache is deleted.
+    changes, is added or goes, no cache of the right name is found, and a new one is made: what has
+    not changed is copied from the old one, the rest decoded. An old cache is never written to, as
+    another process may have it mapped; it is deleted when the new one is whole. Until then both
+    are on the disk.
 
     folder: the images' folder; the cache is named after it.
     files: the paths of both splits, as `{"train": [...], "test": [...]}`; those of test may be
@@ -59,28 +72,44 @@ def decode_once(
 
     Returns both splits, and the fingerprint, which changes when any image does.
     Raises `UsageError` where there is no training image, where more than 1 % of the files cannot be
-    read, or none of a split; `OSError` where the cache cannot be written.
+    read, or none of a split, and where the disk has no room; `OSError` where the cache cannot be
+    written.
     """
     if not files["train"]:
         raise UsageError(
             f"There are no images in {folder}; known endings are {', '.join(SUFFIXES)}."
         )
     size = size or min(224, shorter_side(files["train"]))
-    key = fingerprint(folder, files, size)
+    both = [*files["train"], *files["test"]]
+    facts = [fact(file, folder) for file in both]
+    key = fingerprint(folder, facts, size)
     cache = cache_folder(folder, size, key)
-    splits = open_cache(cache, size)
-    if splits is None:
-        fill_cache(cache, files, size)
-        splits = open_cache(cache, size)
-    if splits is None:
+    cached = open_cache(cache, size)
+    if cached is None:
+        fill_cache(cache, both, facts, size)
+        cached = open_cache(cache, size)
+    if cached is None:
         raise UsageError(f"{cache} is damaged and cannot be replaced; delete it.")
-    for part, split in splits.items():
-        if files[part] and split.images is None:
+    delete_others(cache)
+    splits = split(cached, len(files["train"]))
+    for part, (images, _) in splits.items():
+        if files[part] and images is None:
             raise UsageError(
                 f"No image of the {part} split of {folder} can be read, "
                 f"for instance {files[part][0]}; mend them."
             )
     return splits, key
+
+
+def split(cached: Cached, train: int) -> dict[str, Split]:
+    """The first `train` files, and those after them."""
+    pixels, rows, _ = cached
+    cut = bisect.bisect_left(rows, train)
+    test_rows = [row - train for row in rows[cut:]]
+    return {
+        "train": Split(pixels[:cut] if cut else None, rows[:cut]),
+        "test": Split(pixels[cut:] if test_rows else None, test_rows),
+    }
 
 
 # ---- finding the files, and seeing that they have changed ----
@@ -92,7 +121,7 @@ def walk(folder: Path) -> list[Path]:
     Links to folders are followed, but each real folder is visited once, so that a link to a folder
     above it does not lead round in circles.
     """
-    found: list[Path] = []
+    found: list[str] = []
     seen: set[str] = set()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
@@ -102,8 +131,10 @@ def walk(folder: Path) -> list[Path]:
         seen.add(real)
         # os.walk goes on into what is left in this list.
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if is_image(name)]
-    return sorted(found)
+        found += [os.path.join(root, name) for name in names if is_image(name)]
+    # As paths compare, part by part, and several times as fast.
+    found.sort(key=lambda file: file.split(os.sep))
+    return [Path(file) for file in found]
 
 
 def refuse(error: OSError) -> None:
@@ -112,16 +143,24 @@ def refuse(error: OSError) -> None:
 
 
 def is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def fingerprint(folder: Path, files: dict[str, list[Path]], size: int) -> str:
-    """64 hexadecimal digits that change when the place, size or date of any file does."""
-    facts = []
-    for file in [*files["train"], *files["test"]]:
-        if file.exists():  # a link to nothing is found unreadable later
-            state = file.stat()
-            facts.append((str(file.relative_to(folder)), state.st_size, state.st_mtime_ns))
+def fact(file: Path, folder: Path) -> str:
+    """32 hexadecimal digits that change when the file's place in `folder`, size or date does.
+
+    Its dates are when it was written, and when anything about it changed: a file that takes
+    another's place has kept the first, and a file that may now be read too.
+    """
+    known = [str(DECODING), *file.parts[len(folder.parts) :]]
+    with contextlib.suppress(OSError):  # a link to nothing is found unreadable later
+        state = file.stat()
+        known += [str(state.st_size), str(state.st_mtime_ns), str(state.st_ctime_ns)]
+    return hashlib.sha256(os.fsencode("\0".join(known))).hexdigest()[:32]
+
+
+def fingerprint(folder: Path, facts: list[str], size: int) -> str:
+    """64 hexadecimal digits that change when any file does, or what is made of it."""
     text = json.dumps([str(folder.resolve()), size, facts])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -140,12 +179,19 @@ def read_image(file: Path, size: int) -> np.ndarray | Exception:
     """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
     try:
         with Image.open(file) as image:
-            image = to_rgb(image)
-        # The shorter side becomes `size`; then the centre is cut out.
-        scale = size / min(image.size)
-        if scale != 1:
+            # The shorter side becomes `size`; then the centre is cut out.
+            scale = size / min(image.size)
             width, height = (max(size, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: 12 megapixels in a sixth of the
+            # time. Where it is then still three times as large, a pixel of a photograph moves by
+            # 0.4 of 255 levels in the mean or less; at twice as large it would be 0.7.
+            reduced = image.draft(None, (3 * width, 3 * height))
+            image = to_rgb(image)
+        # Where its sides are no multiples of 8, the last of the reduced pixels are not whole.
+        whole = reduced[1] if reduced else None
+        image = image.resize((width, height), Image.Resampling.BILINEAR, whole)
+        # A camera may note how it was held and leave the pixels as they were.
+        image = ImageOps.exif_transpose(image)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
         return np.asarray(image).transpose(2, 0, 1)
@@ -154,15 +200,16 @@ def read_image(file: Path, size: int) -> np.ndarray | Exception:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, the right way up."""
+    """8-bit RGB."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
     if image.mode.startswith("I"):
         # Of 16 bits the upper eight are kept. PIL would cut all values off at 255.
         upper = np.asarray(image).clip(0, 65535) >> 8
+        about = image.info
         image = Image.fromarray(upper.astype(np.uint8))
-    # A camera may note how it was held and leave the pixels as they were.
-    return ImageOps.exif_transpose(image).convert("RGB")
+        image.info = about
+    return image.convert("RGB")
 
 
 def shorter_side(files: list[Path]) -> int:
@@ -174,28 +221,24 @@ def shorter_side(files: list[Path]) -> int:
     raise UsageError(f"None of the {len(files)} image files can be read, for instance {files[0]}.")
 
 
-# ---- the cache: a folder with train.u8, test.u8 and meta.json, there as a whole or not at all ----
+# ---- the cache: a folder with images.u8 and meta.json, there as a whole or not at all ----
 
 
-def open_cache(cache: Path, size: int) -> dict[str, Split] | None:
-    """Both splits, their pixels still on disk; None where `cache` is missing or damaged."""
+def open_cache(cache: Path, size: int) -> Cached | None:
+    """What it holds, the pixels still on disk; None where `cache` is missing or damaged."""
     try:
-        rows = json.loads((cache / "meta.json").read_text())
-        return {
-            part: Split(map_pixels(cache / f"{part}.u8", len(rows[part]), size), rows[part])
-            for part in ("train", "test")
-        }
+        meta = json.loads((cache / "meta.json").read_text())
+        rows, facts = meta["rows"], meta["facts"]
+        return Cached(map_pixels(cache / "images.u8", len(rows), size), rows, facts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def map_pixels(file: Path, N: int, size: int) -> Tensor | None:
+def map_pixels(file: Path, N: int, size: int) -> Tensor:
     """`(N, 3, size, size)` uint8 over the bytes of `file`, which is not read now.
 
-    Raises `ValueError` where the file is not exactly as long as that.
+    Raises `ValueError` where the file is empty or not exactly as long as that.
     """
-    if N == 0:
-        return None
     pixels = np.memmap(file, np.uint8, mode="r").reshape(N, 3, size, size)
     with warnings.catch_warnings():
         # The file is mapped for reading only, and nobody writes into a data set.
@@ -203,34 +246,76 @@ def map_pixels(file: Path, N: int, size: int) -> Tensor | None:
         return torch.from_numpy(pixels)
 
 
-def fill_cache(cache: Path, files: dict[str, list[Path]], size: int) -> None:
-    """Decode all files into `cache`, or leave nothing behind.
+def fill_cache(cache: Path, files: list[Path], facts: list[str], size: int) -> None:
+    """Copy or decode all files into `cache`, or leave nothing behind.
 
     A scratch folder is filled first and gets its real name at the end, so that whoever finds a
     cache finds all of it.
     """
-    clear_away(cache)
+    clear_scratch(cache.parent)
+    # Its file stays mapped, whoever may delete it meanwhile.
+    known = known_pixels(newest_cache(cache, size))
+    copied = sum(fact in known for fact in facts)
+    announce(cache, len(files), copied, size)
     scratch = cache.with_name(f".decoding-{socket.gethostname()}-{os.getpid()}")
     scratch.mkdir(parents=True, exist_ok=True)
     try:
-        rows = write_pixels(scratch, files, size)
-        (scratch / "meta.json").write_text(json.dumps(rows))
+        with open(scratch / "images.u8", "wb") as out:
+            rows = write_pixels(out, files, facts, known, size)
+            # All is on the disk, in case the machine stops, before it has a name.
+            out.flush()
+            os.fsync(out.fileno())
+        write_text(scratch / "meta.json", json.dumps({"rows": rows, "facts": facts}))
         try:
             os.replace(scratch, cache)
         except OSError:
             # Another process may have decoded the same images meanwhile. Then its cache will do.
             if not (cache / "meta.json").is_file():
                 raise
+        flush_folder(cache.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def clear_away(cache: Path) -> None:
-    """Delete caches of the same folder before it changed, and what killed processes left behind."""
-    of_this_folder, _, _ = cache.name.rpartition("-")
-    for old in cache.parent.glob(f"{of_this_folder}-*"):
+def same_folder(cache: Path) -> list[Path]:
+    """The caches of the same folder and size, this one too if it is there, the newest first."""
+    name, _, _ = cache.name.rpartition("-")
+    dates = {}
+    for found in cache.parent.glob(f"{name}-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have deleted it
+            dates[found] = found.stat().st_mtime
+    return sorted(dates, key=dates.get, reverse=True)
+
+
+def newest_cache(cache: Path, size: int) -> Cached | None:
+    """That of the folder before it changed. Those that are damaged are deleted."""
+    for old in same_folder(cache):
+        if found := open_cache(old, size):
+            return found
         shutil.rmtree(old, ignore_errors=True)
-    for scratch in cache.parent.glob(".decoding-*"):
+    return None
+
+
+def known_pixels(old: Cached | None) -> dict[str, np.ndarray | None]:
+    """Of each file, by its fact, the pixels `(3, size, size)`; None where it could not be read."""
+    if old is None:
+        return {}
+    known = dict.fromkeys(old.facts)
+    for row, pixels in zip(old.rows, old.pixels.numpy(), strict=True):
+        known[old.facts[row]] = pixels
+    return known
+
+
+def delete_others(cache: Path) -> None:
+    """What was cached of the same folder before it changed. Who has it mapped keeps it."""
+    for old in same_folder(cache):
+        if old != cache:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_scratch(caches: Path) -> None:
+    """Delete what killed processes left behind."""
+    for scratch in caches.glob(".decoding-*"):
         # Another process may be at work in it, or be done and rename it at this moment.
         with contextlib.suppress(FileNotFoundError):
             touched = max(path.stat().st_mtime for path in [scratch, *scratch.iterdir()])
@@ -238,48 +323,69 @@ def clear_away(cache: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_pixels(folder: Path, files: dict[str, list[Path]], size: int) -> dict[str, list[int]]:
-    """Write `train.u8` and `test.u8`. Returns, for each split, the rows that could be read."""
-    rows = {}
-    unreadable: list[Path] = []
-    total = sum(len(some) for some in files.values())
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        progress(total=total, desc="decoding images", unit="image", smoothing=0.1) as bar,
-    ):
-        for part, some in files.items():
-            with open(folder / f"{part}.u8", "wb") as out:
-                rows[part] = write_split(out, some, size, unreadable, pool, bar)
-    if unreadable:
-        print(f"{len(unreadable)} of {total} images could not be read and were skipped.")
-    return rows
+def announce(cache: Path, N: int, copied: int, size: int) -> None:
+    """Say what the cache of `N` images takes, and refuse it where the disk has no room."""
+    needed = 3 * N * size**2
+    there = next(place for place in cache.absolute().parents if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UsageError(
+            f"The pixels of {N:,} images of {size}x{size} take {in_bytes(needed)}, and there are "
+            f"{in_bytes(free)} free for {cache.parent}; make room, for instance by deleting what "
+            f"is in there, or give a smaller --image-size."
+        )
+    print(
+        f"the pixels of {N:,} images of {size}x{size} go to {cache}: "
+        f"{in_bytes(needed)}, of {in_bytes(free)} free"
+    )
+    if copied:
+        print(f"{copied:,} of them are copied from the cache before, which is deleted then")
 
 
-def write_split(
+def in_bytes(number: int) -> str:
+    if number < 1e6:
+        return f"{number / 1e3:.1f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:,.1f} GB"
+
+
+def write_pixels(
     out: BinaryIO,
     files: list[Path],
+    facts: list[str],
+    known: dict[str, np.ndarray | None],
     size: int,
-    unreadable: list[Path],
-    pool: ThreadPoolExecutor,
-    bar: tqdm,
 ) -> list[int]:
-    """Append the pixels of one split to `out`, and what cannot be read to `unreadable`."""
-    rows = []
-    # One block after another, so that few decoded images wait in memory for their turn.
-    for start in range(0, len(files), 1024):
-        block = files[start : start + 1024]
-        decoded = pool.map(read_image, block, repeat(size))
-        for row, pixels in enumerate(decoded, start):
-            if isinstance(pixels, Exception):
+    """Write all files' pixels to `out`, one after another. Returns which could be read."""
+    rows: list[int] = []
+    unreadable: list[Path] = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress(total=len(files), desc="decoding images", unit="image", smoothing=0.1) as bar,
+    ):
+        # One block after another, so that few decoded images wait in memory for their turn.
+        for start in range(0, len(files), 1024):
+            block = range(start, min(start + 1024, len(files)))
+            new = [files[row] for row in block if facts[row] not in known]
+            decoded = pool.map(read_image, new, repeat(size))
+            for row in block:
+                pixels = known[facts[row]] if facts[row] in known else next(decoded)
+                if isinstance(pixels, np.ndarray):
+                    rows.append(row)
+                    out.write(pixels.tobytes())
+                    continue
                 unreadable.append(files[row])
-                bar.write(f"skipped, cannot be read: {files[row]} ({pixels})")
-            else:
-                rows.append(row)
-                out.write(pixels.tobytes())
-        bar.update(len(block))
-        if len(unreadable) > 0.01 * bar.total:
-            raise UsageError(
-                f"{len(unreadable)} of {bar.total} images cannot be read, more than 1 %, "
-                f"the first is {unreadable[0]}; remove or mend them."
-            )
+                if pixels is not None:  # else it was told when it was tried
+                    bar.write(f"skipped, cannot be read: {files[row]} ({pixels})")
+            bar.update(len(block))
+            refuse_too_many(unreadable, len(files))
+    if unreadable:
+        print(f"{len(unreadable)} of {len(files)} images could not be read and were skipped.")
     return rows
+
+
+def refuse_too_many(unreadable: list[Path], total: int) -> None:
+    if len(unreadable) > 0.01 * total:
+        raise UsageError(
+            f"{len(unreadable)} of {total} images cannot be read, more than 1 %, "
+            f"the first is {unreadable[0]}; remove or mend them."
+        )

@@ -216,6 +216,10 @@ def check_sizes(config, N: int, H: int, W: int) -> None:
 
 def check_batch(config, N: int, s: int, memory: float) -> None:
     n, b = config.patches, config.batch
+    if N == 1:
+        raise UsageError(
+            "There is a single training image, and nothing to tell it apart from; give more."
+        )
     if b > N:
         raise UsageError(
             f"--batch {b} is larger than the data set's {N} training images; lower it."

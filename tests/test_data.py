@@ -2,6 +2,7 @@
 
 import errno
 import io
+import shutil
 import tarfile
 import urllib.error
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torchvision
 
+from empssl import main
 from empssl_support.cli import UsageError
 from empssl_support.data import DATASETS, load_dataset, to_device
 from test_images import brightness, picture
@@ -146,6 +148,30 @@ def test_empty_folder_and_folder_without_images(in_tmp):
     (in_tmp / "empty" / "notes.txt").write_text("hello")
     with pytest.raises(UsageError, match="no images"):
         load_dataset("imagefolder", in_tmp / "empty")
+
+
+@pytest.mark.parametrize(
+    "what,sentence",
+    [
+        ("one image", "There is a single training image"),
+        ("an unreadable image", "1 of 6 images cannot be read, more than 1 %"),
+        ("nothing else", "None of the 1 image files can be read"),
+        ("no room", "make room"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on(what, sentence, in_tmp, monkeypatch, capsys):
+    for i in range(1 if what in ("one image", "nothing else") else 6):
+        picture(in_tmp / "plain" / f"{i}.png")
+    if what in ("an unreadable image", "nothing else"):
+        (in_tmp / "plain" / "0.png").write_bytes(b"not an image")
+    if what == "no room":
+        usage = shutil.disk_usage(".")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(SystemExit) as stop:
+        main(["--dataset", "imagefolder", "--data-dir", "plain", "--device", "cpu"])
+    assert stop.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(told) == 1 and sentence in told[0]
 
 
 def test_unknown_data_set():

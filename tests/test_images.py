@@ -1,20 +1,14 @@
-"""A folder's images: finding them, reading any kind, and the cache that they are decoded into."""
+"""A folder's images: finding them, and reading any kind."""
 
 import os
-import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
-from empssl_support import images
 from empssl_support.cli import UsageError
-from empssl_support.images import CACHE, decode_once, open_cache, walk
+from empssl_support.images import CACHE, decode_once, read_image, walk
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -37,10 +31,6 @@ def decode(folder, size=None):
     return found, [files[row].name for row in rows]
 
 
-def forbid_decoding(monkeypatch):
-    monkeypatch.setattr(images, "read_image", lambda *_: pytest.fail("decoded again"))
-
-
 @pytest.fixture
 def folder(in_tmp):
     """Five images; each one's brightness names it."""
@@ -48,9 +38,6 @@ def folder(in_tmp):
     for i in range(5):
         picture(root / f"{i}.png", 10 * i)
     return root
-
-
-FIVE = [0, 10, 20, 30, 40]
 
 
 # ---- finding files ----
@@ -179,6 +166,87 @@ def test_strange_images(in_tmp, capsys):
     assert colour("animated.gif")[0] > 240  # the first frame
 
 
+# ---- large JPEGs, which are decoded at a reduced size ----
+
+
+def landscape(height, width):
+    """Colours whose spectrum falls off as in photographs: `(height, width, 3)` uint8."""
+    chance = np.random.default_rng(0)
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    frequency = np.hypot(rows, columns).clip(1 / width)
+    shape = (3, *frequency.shape)
+    waves = chance.standard_normal(shape) + 1j * chance.standard_normal(shape)
+    pixels = np.fft.irfft2(waves / frequency, s=(height, width)).transpose(1, 2, 0)
+    return (pixels / pixels.std() * 50 + 125).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def reductions(monkeypatch):
+    """By how much each JPEG was reduced while it was decoded."""
+    draft, seen = JpegImagePlugin.JpegImageFile.draft, []
+
+    def watched(image, *how):
+        width, _ = image.size
+        answer = draft(image, *how)
+        seen.append(round(width / image.size[0]))
+        return answer
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", watched)
+    return seen
+
+
+@pytest.mark.parametrize("size,reduced", [(32, 8), (48, 4), (120, 2), (200, 1)])
+def test_a_large_jpeg_is_nearly_as_if_decoded_in_full(size, reduced, in_tmp, reductions):
+    # Neither side is a multiple of 8: what is left over must not stretch the picture.
+    whole = Image.fromarray(landscape(793, 1001))
+    whole.save("large.jpg", quality=95, subsampling=0)
+    whole.save("large.png")
+    photo, exact = (read_image(Path(f"large.{kind}"), size).astype(int) for kind in ("jpg", "png"))
+    assert reductions == [reduced]
+    assert photo.shape == exact.shape == (3, size, size)
+    assert np.abs(photo - exact).mean() < 0.6
+    assert np.abs(photo - exact).max() < 8
+
+
+@pytest.mark.parametrize("orientation,quarters", [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_a_large_jpeg_is_turned_too(orientation, quarters, in_tmp, reductions):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = Image.fromarray(landscape(640, 1280))
+    whole.save("large.jpg")
+    whole.save("turned.jpg", exif=exif)
+    pixels, turned = (read_image(Path(file), 20) for file in ("large.jpg", "turned.jpg"))
+    assert reductions == [8, 8]
+    assert np.array_equal(np.rot90(pixels, quarters, (1, 2)), turned)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_large_jpeg_of_other_colours(mode, in_tmp, reductions):
+    Image.new("RGB", (640, 660), (200, 200, 200)).convert(mode).save("large.jpg")
+    pixels = read_image(Path("large.jpg"), 20)
+    assert reductions == [8]
+    assert pixels.shape == (3, 20, 20) and np.abs(pixels.astype(int) - 200).max() < 3
+
+
+def test_a_large_jpeg_cut_short_is_unreadable(in_tmp, reductions):
+    Image.fromarray(landscape(640, 640)).save("large.jpg")
+    content = Path("large.jpg").read_bytes()
+    Path("large.jpg").write_bytes(content[: len(content) // 2])
+    assert isinstance(read_image(Path("large.jpg"), 20), OSError)
+
+
+def test_sixteen_bits_and_tiff_are_turned_too(in_tmp):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its left side is the upper one
+    dark_left = np.array([0, 250], np.uint8).repeat(20)[None].repeat(20, 0)
+    deep = Image.fromarray(dark_left.astype(np.uint16) * 257)
+    deep.save("deep.png", exif=exif)
+    Image.fromarray(dark_left).save("plain.tif", exif=exif, compression="tiff_lzw")
+    for file in ("deep.png", "plain.tif"):
+        pixels = read_image(Path(file), 20)
+        assert pixels[:, :8].max() < 10 and pixels[:, 12:].min() > 240, file
+
+
 # ---- images that cannot be read ----
 
 
@@ -236,164 +304,3 @@ def test_a_split_of_which_nothing_can_be_read(in_tmp):
     for _ in range(2):  # decoded, then from the cache
         with pytest.raises(UsageError, match="No image of the test split.*bad.png"):
             decode_once(in_tmp / "set", {"train": files, "test": [bad]}, 4)
-
-
-# ---- the cache ----
-
-
-def test_the_cache_is_used_and_dropped_when_a_file_changes(folder, monkeypatch):
-    files = {"train": walk(folder), "test": []}
-    first, key = decode_once(folder, files, None)
-    with monkeypatch.context() as patch:
-        forbid_decoding(patch)
-        again, same_key = decode_once(folder, files, None)
-    assert torch.equal(first["train"].images, again["train"].images)
-    assert key == same_key
-    picture(folder / "0.png", 77)
-    os.utime(folder / "0.png", (1, 1))
-    changed, other_key = decode_once(folder, files, None)
-    assert brightness(changed["train"].images) == [77, *FIVE[1:]]
-    assert other_key != key
-    assert len(list(CACHE.iterdir())) == 1  # the stale one is gone
-
-
-def test_a_file_more_or_less_is_a_change(folder):
-    decode(folder)
-    picture(folder / "5.png", 50)
-    assert brightness(decode(folder)[0]) == [*FIVE, 50]
-    (folder / "0.png").unlink()
-    assert brightness(decode(folder)[0]) == [*FIVE[1:], 50]
-    assert len(list(CACHE.iterdir())) == 1
-
-
-def test_each_size_has_a_cache_of_its_own(folder, monkeypatch):
-    files = {"train": walk(folder), "test": []}
-    _, key = decode_once(folder, files, 10)
-    _, other_key = decode_once(folder, files, 20)
-    assert key != other_key  # what is cached about the images depends on their size too
-    forbid_decoding(monkeypatch)
-    assert decode(folder, 10)[0].shape == (5, 3, 10, 10)
-    assert decode(folder, 20)[0].shape == (5, 3, 20, 20)
-
-
-def test_folders_of_one_name_have_caches_of_their_own(in_tmp, monkeypatch):
-    places = [in_tmp / place / "images" for place in ("a", "b")]
-    for i, place in enumerate(places):
-        picture(place / "0.png", 100 * i)
-        decode(place)
-    forbid_decoding(monkeypatch)
-    assert [brightness(decode(place)[0]) for place in places] == [[0], [100]]
-
-
-def test_a_cache_cut_short_is_decoded_again(folder):
-    decode(folder)
-    (cached,) = CACHE.glob("*/train.u8")
-    cached.write_bytes(cached.read_bytes()[:100])
-    assert brightness(decode(folder)[0]) == FIVE
-
-
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    damage=st.binary(max_size=300),
-    where=st.sampled_from(["meta.json", "train.u8"]),
-    cut=st.booleans(),
-)
-def test_damaged_caches_are_decoded_again(damage, where, cut, folder):
-    files = {"train": walk(folder), "test": []}
-    _, key = decode_once(folder, files, None)
-    (cached,) = CACHE.glob(f"images-*/{where}")
-    content = cached.read_bytes()
-    if where == "train.u8":
-        cached.write_bytes(content[: len(damage)])
-    else:
-        cached.write_bytes(content[: len(content) // 2] if cut else damage)
-    again, same_key = decode_once(folder, files, None)
-    assert brightness(again["train"].images) == FIVE
-    assert same_key == key
-
-
-@pytest.mark.parametrize("meta", ["{}", "[]", '{"train": 5, "test": []}', '{"train": [0, 1]}'])
-def test_a_cache_that_says_something_else_is_decoded_again(meta, folder):
-    decode(folder)
-    (cached,) = CACHE.glob("*/meta.json")
-    cached.write_text(meta)
-    assert brightness(decode(folder)[0]) == FIVE
-
-
-def test_an_interrupted_decoding_leaves_nothing(folder, monkeypatch):
-    read = images.read_image
-
-    def interrupted(file, size):
-        if file.name == "3.png":
-            raise KeyboardInterrupt
-        return read(file, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "read_image", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            decode(folder)
-    assert not list(CACHE.glob("*"))
-    assert brightness(decode(folder)[0]) == FIVE
-
-
-def test_the_cache_of_another_process_that_was_quicker_will_do(folder, monkeypatch):
-    decode(folder)
-    (cache,) = CACHE.iterdir()
-    shutil.move(cache, "aside")
-    read = images.read_image
-
-    def overtaken(file, size):
-        if file.name == "0.png":
-            shutil.copytree("aside", cache)
-        return read(file, size)
-
-    monkeypatch.setattr(images, "read_image", overtaken)
-    assert brightness(decode(folder)[0]) == FIVE
-    assert list(CACHE.iterdir()) == [cache]
-
-
-def test_what_a_killed_decoding_left_is_cleared_away_later(folder):
-    for name, age in (("old", 7200), ("new", 60)):
-        scratch = CACHE / f".decoding-{name}"
-        scratch.mkdir(parents=True)
-        (scratch / "train.u8").write_bytes(b"some")
-        for path in (scratch / "train.u8", scratch):
-            os.utime(path, (time.time() - age,) * 2)
-    decode(folder)
-    assert [path.name for path in CACHE.glob(".decoding-*")] == [".decoding-new"]
-
-
-# ---- memory ----
-
-
-def anonymous_memory():
-    """Bytes of this process that are no file's: the page cache of a mapped file does not count."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("the kernel does not say")
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_a_memory_mapped_data_set_is_not_read_into_memory(folder):
-    """1.2 GB, which take no room on the disk, gathered batch by batch as training does."""
-    decode(folder)
-    (cache,) = CACHE.iterdir()
-    N, side, b = 6_000, 256, 200
-    os.truncate(cache / "train.u8", N * 3 * side * side)
-    (cache / "meta.json").write_text(f'{{"train": {list(range(N))}, "test": []}}')
-    pixels, _ = open_cache(cache, side)["train"]
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    mapped = [line.split() for line in maps if line.endswith("train.u8")]
-    assert mapped
-    assert not any("w" in permissions for _, permissions, *_ in mapped)
-
-    before = anonymous_memory()
-    order = torch.randperm(N)
-    read, peak = 0, 0
-    for index in order.split(b):
-        batch = pixels[index]
-        read += len(batch)
-        peak = max(peak, anonymous_memory())
-    assert read == N
-    assert peak - before < 3e8
