@@ -155,10 +155,28 @@ def colours(count: int) -> list[str]:
     return wheel
 
 
+# A finger has no place to hover at: it shows the image that is nearest to where it touched.
+TOUCH = """
+const {x, y, picture, about} = source.data
+const box = document.getElementById("touched")
+box.hidden = !picture || window.lastPointer == "mouse"
+if (box.hidden) return
+const far = Array.from(x, (_, i) => (x[i] - cb_obj.x) ** 2 + (y[i] - cb_obj.y) ** 2)
+const i = far.indexOf(Math.min(...far))
+box.querySelector("img").src = picture[i]
+box.querySelector("figcaption").textContent = about[i]
+const room = box.parentElement.clientWidth - box.offsetWidth
+box.style.left = Math.max(0, Math.min(room, cb_obj.sx - box.offsetWidth / 2)) + "px"
+box.style.top = cb_obj.sy > 200 ? cb_obj.sy - box.offsetHeight - 20 + "px" : cb_obj.sy + 30 + "px"
+"""
+TOUCHED = """<figure id="touched" hidden><img alt=""><figcaption></figcaption></figure>
+<script>addEventListener("pointerdown", e => window.lastPointer = e.pointerType, true)</script>"""
+
+
 def draw_map(shown: Shown) -> tuple[str, str]:
     """A dot an image; its picture shows under the pointer. Returns the script and the element."""
     from bokeh.embed import components
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import ColumnDataSource, CustomJS, HoverTool
     from bokeh.plotting import figure as bokeh_figure
 
     kinds = groups(shown.features) if shown.labels is None else shown.labels
@@ -183,10 +201,13 @@ def draw_map(shown: Shown) -> tuple[str, str]:
     plot.grid.visible = False
     size = 9 if len(x) < 1000 else 6
     look = {"size": size, "fill_color": "colour", "line_color": None, "fill_alpha": 0.8}
-    plot.scatter("x", "y", source=ColumnDataSource(columns), **look)
+    source = ColumnDataSource(columns)
+    plot.scatter("x", "y", source=source, **look)
     about = '<div style="max-width: 96px; overflow-wrap: anywhere">@about</div>'
     plot.add_tools(HoverTool(tooltips=picture + about, limit=1))
-    return components(plot)
+    plot.js_on_event("tap", CustomJS(args={"source": source}, code=TOUCH))
+    script, element = components(plot)
+    return script, element + TOUCHED
 
 
 def legend(shown: Shown) -> str:
