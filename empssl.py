@@ -781,12 +781,9 @@ def probe(train_h: Features, test_h: Features, data: Dataset) -> dict:
     return record
 
 
-def probe_without_training(data: Dataset, config: Config) -> dict:
+def probe_without_training(h: Tensor, test_h: Tensor, data: Dataset) -> dict:
     """kNN of the untrained encoder's features and of raw pixels: what learning has to beat."""
-    encoder = untrained_encoder(config, data.train_images)
     y, test_y = data.train_labels, data.test_labels
-    h = features(encoder, data.train_images, config).bag
-    test_h = features(encoder, data.test_images, config).bag
     untrained = from_first(lambda: knn_probe(h, y, test_h, test_y))
     return {"untrained_knn_top1": untrained, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
 
@@ -883,7 +880,9 @@ def launch(config: Config, method=method) -> dict:
         record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
         if trains:
             record = train_in(folder, config, data, encoder, augmentation, objective)
-        return folder.finish(record | results(folder, encoder, data, config))
+        record = folder.finish(record | results(folder, encoder, data, config))
+        from_first(lambda: report.write_at_the_end(folder.path))
+        return record
 
 
 def load_data(config: Config) -> Dataset:
@@ -926,24 +925,72 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     train_h, test_h = features_of_splits(encoder, data, config)
     if config.export_features:
         export(config.export_features, train_h, test_h, data)
+    # What learning has to beat, unless this encoder is itself the untrained one.
+    untrained = None
+    if config.checkpoint or not config.eval_only:
+        untrained = untrained_encoder(config, data.train_images)
     if test_h is None:
-        print("These images have no labels: their features are kept, and nothing is probed.")
-        kept = {"train_features": train_h.bag.half(), "files": data.files}
-        from_first(lambda: write_features(folder.path / "features.npz", **kept))
-        return {"probe_seconds": time.perf_counter() - started}
+        record = results_without_labels(folder, train_h, untrained, data, config)
+    else:
+        record = results_with_labels(folder, train_h, test_h, untrained, data, config)
+    return record | {"probe_seconds": time.perf_counter() - started}
 
+
+def results_without_labels(
+    folder: RunFolder, h: Features, untrained: Encoder | None, data: Dataset, config: Config
+) -> dict:
+    print("These images have no labels: their features are kept, and nothing is probed.")
+    kept = {"train_features": h.bag.half(), "files": data.files}
+    from_first(lambda: write_features(folder.path / "features.npz", **kept))
+
+    some = shown_in_report(len(h.bag), config)
+    images = pick(data.train_images, some)
+    before = None if untrained is None else features(untrained, images, config).bag
+    files = data.files and [data.files[row] for row in some.tolist()]
+    shown = {"images": images, "features": pick(h.bag, some), "untrained": before, "files": files}
+    from_first(lambda: report.keep(folder.path, **shown))
+    return {}
+
+
+def results_with_labels(
+    folder: RunFolder,
+    train_h: Features,
+    test_h: Features,
+    untrained: Encoder | None,
+    data: Dataset,
+    config: Config,
+) -> dict:
+    """The test accuracies; `untrained` is None where they are the untrained encoder's own."""
     kept = {"test_features": test_h.bag.half(), "test_labels": data.test_labels}
     kept["classes"] = data.classes
     from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
     record = probe(train_h, test_h, data)
-    if config.eval_only and not config.checkpoint:
-        # This encoder is the untrained one; what it has to beat is raw pixels.
+
+    some = shown_in_report(len(test_h.bag), config)
+    shown = {"images": pick(data.test_images, some), "features": pick(test_h.bag, some)}
+    shown |= {"labels": data.test_labels[some], "classes": data.classes}
+    if untrained is None:
         top1, _ = probe_pixels(data, linear_probe)
         record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
     else:
-        record |= probe_without_training(data, config)
+        before = features(untrained, data.train_images, config).bag
+        test_before = features(untrained, data.test_images, config).bag
+        record |= probe_without_training(before, test_before, data)
+        shown["untrained"] = pick(test_before, some)
+    from_first(lambda: report.keep(folder.path, **shown))
     print(", ".join(f"{LABELS[key]} {value:.4f}" for key, value in record.items() if key in LABELS))
-    return record | {"probe_seconds": time.perf_counter() - started}
+    return record
+
+
+def shown_in_report(N: int, config: Config) -> Tensor:
+    """Which of N images the report shows: at most 3,000, fewer where features are wide."""
+    most = min(3000, 6_000_000 // config.hidden)
+    order = torch.randperm(N, generator=generator(config.seed, "shown", 0))
+    return order[:most].sort().values
+
+
+def pick(x: Tensor, rows: Tensor) -> Tensor:
+    return x[rows.to(x.device)]
 
 
 LABELS = {

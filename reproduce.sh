@@ -40,13 +40,13 @@ build() {                                           # the compiled ops, in place
 }
 
 setup_tests() {
-    setup dev,figures pytest pytest_timeout hypothesis ruff matplotlib sklearn pybind11 ninja setuptools
+    setup dev,figures pytest pytest_timeout hypothesis ruff matplotlib sklearn bokeh pybind11 ninja setuptools
     build
 }
 
 case $command in
 main)
-    setup figures matplotlib sklearn
+    setup figures matplotlib sklearn bokeh
     if "$PY" -c "import empssl; empssl.load_dataset('cifar10')" > /dev/null 2>&1; then
         dataset=cifar10 recipe=
         echo "CIFAR-10 is at hand: training on it"
@@ -54,9 +54,7 @@ main)
         dataset=shapes recipe="--augmentation paper"            # colour must not name them
         echo "CIFAR-10 is not in data/ and cannot be downloaded: training on shapes, drawn in memory"
     fi
-    name=$dataset-$(date +%Y%m%d-%H%M%S)
-    "$PY" empssl.py --dataset "$dataset" $recipe --name "$name"
-    "$PY" empssl.py --report "runs/$name"
+    "$PY" empssl.py --dataset "$dataset" $recipe
     ;;
 test)
     setup_tests
@@ -84,17 +82,17 @@ gpu)
     "$PY" -m study.experiments.tables
     ;;
 cifar10|cifar100|tinyimagenet|imagenet100)
-    setup figures matplotlib sklearn
+    setup figures matplotlib sklearn bokeh
     "$PY" -m study.experiments.paper "$command" "${@:2}"
     "$PY" -m study.experiments.tables
     ;;
 laptop|peers|transfer)
-    setup figures matplotlib sklearn
+    setup figures matplotlib sklearn bokeh
     "$PY" -m "study.experiments.$command" "${@:2}"
     "$PY" -m study.experiments.tables
     ;;
 tables)
-    setup figures matplotlib sklearn
+    setup figures matplotlib sklearn bokeh
     "$PY" -m study.experiments.tables
     "$PY" -m study.experiments.plot
     ;;

@@ -1,95 +1,175 @@
 """A run as one HTML page, `report.html` in the run's folder, which opens with no network.
 
-It shows what was trained and what came out, images beside patches that training cut from them, the
-curves of training, and a map of the features. The three pictures are left beside it as .png.
+It is drawn from what lies in that folder alone, as the images may be gone. The page's frame and
+style are in report.html beside this file, its parts in report_sections.py.
 """
 
-import base64
 import html
 import json
+import zipfile
 from pathlib import Path
+from string import Template
 
 import numpy as np
+from torch import Tensor
 
+from empssl_support import report_pictures as pictures
+from empssl_support import report_sections as sections
 from empssl_support.cli import UsageError
+from empssl_support.files import write_features, write_text
+from empssl_support.report_pictures import Shown
 from empssl_support.runs import records
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
-img {{ max-width: 100%; height: auto }}
-td {{ padding: 0 1.5rem 0 0 }}
-</style>
-<h1>{title}</h1>
-<p>{trained}</p>
-<table>{rows}</table>
-{pictures}
-</html>
-"""
-FIGURES = {
-    "linear_top1": "linear probe, bag of patches",
-    "quadrants_top1": "linear probe, quadrants",
-    "knn_top1": "kNN, bag of patches",
-    "untrained_knn_top1": "kNN, untrained encoder",
-    "raw_pixels_knn_top1": "kNN, raw pixels",
-}
+FRAME = Path(__file__).with_name("report.html")
+KEPT = "report.npz"
+
+
+# ---- what a run keeps for its report ----
+
+
+def keep(
+    run: Path,
+    images: Tensor,
+    features: Tensor,
+    untrained: Tensor | None = None,
+    labels: Tensor | None = None,
+    classes: list[str] | None = None,
+    files: list[str] | None = None,
+) -> None:
+    """Write `report.npz`: small copies of images (N, 3, H, W) uint8, and what is known of them.
+
+    features and untrained `(N, width)` are those after and before training.
+    """
+    small = pictures.thumbnails(images.cpu().numpy())
+    write_features(
+        run / KEPT,
+        thumbnails=np.frombuffer(b"".join(small), np.uint8),  # N WebP files, end to end
+        lengths=[len(file) for file in small],
+        features=features.half(),
+        untrained=None if untrained is None else untrained.half(),
+        labels=labels,
+        classes=classes or None,
+        files=files,
+    )
+
+
+def read_kept(run: Path, data_dir: str) -> Shown | None:
+    """What `keep` wrote; without it the features that were probed, which older runs have."""
+    kept = read_arrays(run / KEPT)
+    small = []
+    if "features" in kept:
+        ends = np.cumsum(kept["lengths"])
+        pieces = np.split(kept["thumbnails"], ends[:-1])
+        small = [pictures.data_uri(piece.tobytes()) for piece in pieces]
+    elif old := read_arrays(run / "test_features.npz"):
+        kept = {"features": old["test_features"], "labels": old["test_labels"]}
+        kept["classes"] = old["classes"]
+    elif old := read_arrays(run / "features.npz"):
+        kept = {"features": old["train_features"], "files": old["files"]}
+    else:
+        return None
+    some = np.random.default_rng(0).permutation(len(kept["features"]))[:3000]
+    rows = np.arange(len(small)) if small else np.sort(some)
+    labels, untrained = kept.get("labels"), kept.get("untrained")
+    names = [f"image {row + 1}" for row in rows]
+    if "files" in kept:
+        names = [short(str(kept["files"][row]), data_dir) for row in rows]
+    return Shown(
+        features=unit_rows(kept["features"][rows]),
+        untrained=None if untrained is None else unit_rows(untrained[rows]),
+        thumbnails=small,
+        labels=None if labels is None else labels[rows],
+        classes=[str(name) for name in kept.get("classes", [])],
+        names=names,
+    )
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What an `.npz` holds; nothing where it is missing or damaged."""
+    try:
+        with np.load(path) as saved:
+            return dict(saved)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def short(file: str, folder: str) -> str:
+    """The file's path within the folder of images, with what is no text shown as `?`."""
+    path = Path(file)
+    if path.is_relative_to(folder):
+        path = path.relative_to(folder)
+    return str(path).encode(errors="replace").decode()
+
+
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    features = features.astype(np.float32)
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-8)
+
+
+# ---- the page ----
+
+
+def write_at_the_end(run: Path) -> None:
+    """As `write`; what it cannot do is said in a line, for the run has come to its end."""
+    try:
+        write(run)
+    except UsageError as error:
+        print(f"no report: {error}")
 
 
 def write(run: Path) -> None:
-    """Draw the run in that folder. Raises `UsageError` where there is none, or nothing to show."""
+    """Draw the run in that folder.
+
+    Raises `UsageError` where it is no run's, has nothing to show yet, or the extra is missing.
+    """
     plt = pyplot()
+    config, log = read_run(run)
+    shown = read_kept(run, config.get("data_dir", ""))
+    script, element = "", ""
+    if shown and len(shown.features) > 1:
+        code, element = pictures.draw_map(shown)
+        script = bokeh_code() + code
+    parts = [sections.figures(log[-1], shown)]
+    if element and shown.thumbnails:
+        parts.append(sections.neighbours(shown))
+    if element:
+        parts.append(sections.map_of(shown, element))
+    if element and shown.thumbnails:
+        parts.append(sections.odd_ones_out(shown))
+        parts.append(sections.near_duplicates(shown))
+    parts.append(sections.patches(read_arrays(run / "patches.npz")))
+    parts.append(sections.curves(plt, log))
+    page = Template(FRAME.read_text()).substitute(
+        title=html.escape(run.resolve().name),
+        trained=html.escape(sections.what_was_trained(config, log[-1], shown)),
+        missing=what_is_missing(shown),
+        sections="\n".join(parts),
+        scripts=script,
+    )
+    write_text(run / "report.html", page)
+    print(f"drawn: {run / 'report.html'}, a page to open in a browser")
+
+
+def read_run(run: Path) -> tuple[dict, list[dict]]:
+    """A run's settings and the lines of its log."""
     try:
         config = json.loads((run / "config.json").read_text())
         log = records(run)
     except (OSError, ValueError):
-        log = []
-    if not log:
+        config, log = {}, []
+    if not (log and isinstance(config, dict) and "dataset" in config):
         raise UsageError(f"{run} is no run's folder, or has nothing to show yet; give another.")
-    pictures = [("Images, and patches that training cut from them", draw_patches(plt, run))]
-    pictures.append(("Training", draw_curves(plt, run, log)))
-    pictures.append(("A map of the test images' features", draw_map(plt, run)))
-    drawn = [(title, path) for title, path in pictures if path]
-    page = PAGE.format(
-        title=html.escape(run.name),
-        trained=html.escape(what_was_trained(config, log[-1])),
-        rows="".join(row(label, log[-1][key]) for key, label in FIGURES.items() if key in log[-1]),
-        pictures="".join(embedded(title, path) for title, path in drawn),
-    )
-    (run / "report.html").write_text(page)
-    print(f"drawn: {run / 'report.html'}, with", ", ".join(path.name for _, path in drawn))
-
-
-def what_was_trained(config: dict, last: dict) -> str:
-    if "patches_seen" not in last:
-        return f"An encoder was probed on {config['dataset']}, on {config['hardware']}."
-    return (
-        f"{config.get('method', 'EMP-SSL')}, preset {config['preset']}, was trained without labels "
-        f"on {config['images']:,} images of {config['dataset']}: {config['epochs']} epochs, "
-        f"{last['patches_seen']:,} patches, {last['train_seconds']:.0f} seconds "
-        f"on {config['hardware']}."
-    )
-
-
-def row(label: str, value: float) -> str:
-    return f"<tr><td>{label}</td><td>{value:.3f}</td></tr>"
-
-
-def embedded(title: str, path: Path) -> str:
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{content}">\n'
+    return config, log
 
 
 def pyplot():
     try:
+        import bokeh  # noqa: F401
         import matplotlib
         import sklearn  # noqa: F401
     except ImportError:
         raise UsageError(
-            "a report needs matplotlib and scikit-learn; "
+            "a report needs matplotlib, scikit-learn and bokeh; "
             "install them with pip install -e '.[figures]'."
         ) from None
     matplotlib.use("Agg")
@@ -98,76 +178,17 @@ def pyplot():
     return plt
 
 
-def draw_patches(plt, run: Path) -> Path | None:
-    if not (run / "patches.npz").is_file():
-        return None
-    saved = np.load(run / "patches.npz")
-    images, patches = saved["images"], saved["patches"]  # (6, 3, H, W), (12, 6, 3, s, s)
-    columns, rows = patches.shape[:2]
-    figure, axes = plt.subplots(
-        rows,
-        columns + 1,
-        figsize=(columns + 1, rows),
-        squeeze=False,
-        gridspec_kw={"wspace": 0.05, "hspace": 0.05},
+def bokeh_code() -> str:
+    """Bokeh's own script, whole, so that nothing is fetched; without its tables and formulas."""
+    from bokeh.resources import Resources
+
+    return Resources(mode="inline", components=["bokeh"]).render()
+
+
+def what_is_missing(shown: Shown | None) -> str:
+    if shown and shown.thumbnails:
+        return ""
+    return (
+        f'<p class="pale" id="missing">This run has no whole {KEPT}, which a run leaves at its '
+        f"end, so its images and their neighbours cannot be shown.</p>"
     )
-    for j in range(rows):
-        for ax, pixels in zip(axes[j], [images[j], *patches[:, j]], strict=True):
-            ax.imshow(pixels.transpose(1, 2, 0))
-            ax.axis("off")
-    axes[0][0].set_title("image")
-    axes[0][1].set_title(f"patches, {patches.shape[-1]}x{patches.shape[-1]}", loc="left")
-    return save(figure, run / "patches.png")
-
-
-def draw_curves(plt, run: Path, log: list[dict]) -> Path | None:
-    steps = [record for record in log if "R" in record and "step" in record]
-    epochs = [record for record in log if "holdout_knn_top1" in record]
-    if not steps:
-        return None
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
-    titles = {"R": "R, coding rate (nats)", "D": "D, invariance"}
-    for ax, (key, title) in zip(axes, titles.items(), strict=False):
-        ax.plot([record["step"] for record in steps], [record[key] for record in steps])
-        ax.set(title=title, xlabel="step")
-    ax = axes[2]
-    at = [record["step"] for record in epochs]
-    ax.plot(at, [record["holdout_knn_top1"] for record in epochs], "o-", label="kNN, held out")
-    styles = ("-", "-.", "--", ":", (0, (1, 4)))
-    for (key, label), style in zip(FIGURES.items(), styles, strict=True):
-        if key in log[-1]:
-            value = log[-1][key]
-            ax.axhline(value, color="grey", linestyle=style, label=f"{label} {value:.3f}")
-    ax.set(title="top-1 accuracy", xlabel="step", ylim=(0, 1))
-    ax.legend(fontsize=7)
-    return save(figure, run / "curves.png")
-
-
-def draw_map(plt, run: Path, most: int = 2000) -> Path | None:
-    """t-SNE of at most `most` test images, coloured by class."""
-    if not (run / "test_features.npz").is_file():
-        return None
-    from sklearn.manifold import TSNE
-
-    saved = np.load(run / "test_features.npz")
-    chosen = np.random.default_rng(0).permutation(len(saved["test_labels"]))[:most]
-    features = saved["test_features"][chosen].astype(np.float32)
-    features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-8
-    perplexity = min(30, (len(chosen) - 1) / 3)
-    xy = TSNE(random_state=0, perplexity=perplexity, init="pca").fit_transform(features)
-
-    labels, classes = saved["test_labels"][chosen], saved["classes"]
-    few = len(classes) <= 10
-    colours = plt.get_cmap("tab10" if few else "gist_rainbow", max(10, len(classes)))
-    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
-    for number, name in enumerate(classes):
-        ax.scatter(*xy[labels == number].T, s=5, color=colours(number), label=name)
-    if len(classes) <= 20:
-        ax.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(title=f"t-SNE of {len(chosen)} test images' features", xticks=[], yticks=[])
-    return save(figure, run / "map.png")
-
-
-def save(figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    return path

@@ -224,7 +224,7 @@ def test_the_first_lines_say_what_is_to_come(capsys):
     assert "preset laptop on cpu, float32: 60 images of 32x32" in said
     assert "12 steps, 720 patches of 16x16 to come" in said
     assert "extract_patches: " in said and "logdet_spd: " in said
-    assert "--report runs/demo" in said.splitlines()[-1]
+    assert "written to runs/demo; to draw it: " in said and "--report runs/demo" in said
 
 
 def test_ops_says_which_implementation_and_stops(in_tmp, capsys):
