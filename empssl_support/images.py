@@ -61,11 +61,7 @@ def decode_once(
     Raises `UsageError` where there is no training image, where more than 1 % of the files cannot be
     read, or none of a split; `OSError` where the cache cannot be written.
     """
-    if not files["train"]:
-        raise UsageError(
-            f"There are no images in {folder}; known endings are {', '.join(SUFFIXES)}."
-        )
-    size = size or min(224, shorter_side(files["train"]))
+    size = side_of_squares(folder, files["train"], size)
     key = fingerprint(folder, files, size)
     cache = cache_folder(folder, size, key)
     splits = open_cache(cache, size)
@@ -81,6 +77,30 @@ def decode_once(
                 f"for instance {files[part][0]}; mend them."
             )
     return splits, key
+
+
+def look_only(
+    folder: Path, files: dict[str, list[Path]], size: int | None
+) -> tuple[dict[str, Split], str]:
+    """As `decode_once`, without decoding or writing anything: black images stand in, in no memory.
+
+    Every file counts as one that can be read. Raises `UsageError` where there is no training image.
+    """
+    size = side_of_squares(folder, files["train"], size)
+    splits = {}
+    for part, some in files.items():
+        black = torch.zeros(1, dtype=torch.uint8).expand(len(some), 3, size, size)
+        splits[part] = Split(black if some else None, list(range(len(some))))
+    return splits, fingerprint(folder, files, size)
+
+
+def side_of_squares(folder: Path, files: list[Path], size: int | None) -> int:
+    """`size` or, by default, the first training image's shorter side, at most 224 pixels."""
+    if not files:
+        raise UsageError(
+            f"There are no images in {folder}; known endings are {', '.join(SUFFIXES)}."
+        )
+    return size or min(224, shorter_side(files))
 
 
 # ---- finding the files, and seeing that they have changed ----
@@ -133,6 +153,11 @@ def cache_folder(folder: Path, size: int, key: str) -> Path:
     return CACHE / f"{name}-{size}-{place[:8]}-{key[:16]}"
 
 
+def is_decoded(key: str) -> bool:
+    """Whether the images with that fingerprint have a cache."""
+    return any(CACHE.glob(f"*-{key[:16]}"))
+
+
 # ---- reading one image ----
 
 
@@ -140,17 +165,21 @@ def read_image(file: Path, size: int) -> np.ndarray | Exception:
     """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
     try:
         with Image.open(file) as image:
-            image = to_rgb(image)
-        # The shorter side becomes `size`; then the centre is cut out.
-        scale = size / min(image.size)
-        if scale != 1:
-            width, height = (max(size, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-        return np.asarray(image).transpose(2, 0, 1)
+            return to_square(to_rgb(image), size)
     except Exception as error:  # decoders raise all kinds; the caller names the file
         return error
+
+
+def to_square(image: Image.Image, size: int) -> np.ndarray:
+    """RGB -> `(3, size, size)` uint8."""
+    # The shorter side becomes `size`; then the centre is cut out.
+    scale = size / min(image.size)
+    if scale != 1:
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
