@@ -66,6 +66,7 @@ __all__ = [
     "Encoder",
     "LARS",
     "coding_rate",
+    "effective_rank",
     "embed",
     "empssl_loss",
     "extract_patches",
@@ -76,6 +77,7 @@ __all__ = [
     "load",
     "load_dataset",
     "main",
+    "neighbours_kept",
     "sample_patches",
     "train",
 ]
@@ -448,6 +450,11 @@ def coding_rate(
         return R.mean() if reduction == "mean" else R
 
 
+def collapsed_rate(d: int, eps2: float = 0.2) -> float:
+    """`R` of unit rows that are all equal, the least that it can be: 1/2 log(1 + d / eps2)."""
+    return 1 / 2 * math.log1p(d / eps2)
+
+
 def invariance(z: Tensor) -> Tensor:
     """`D` of `z (n, b, d)`: the mean cosine between a patch and the mean of its image's patches.
 
@@ -742,6 +749,39 @@ def knn_probe(
     return hits / len(test_labels)
 
 
+@torch.no_grad()
+def effective_rank(h: Tensor) -> float:
+    """How many dimensions the representations `h (N, d)` fill: from 1 to min(N, d), or near it.
+
+    RankMe, Garrido et al., arXiv 2210.02885, section 3: the exponential of the entropy of the
+    singular values, which are not centred. Asks for no labels. NaN where h is not finite.
+    """
+    if not h.isfinite().all():
+        return math.nan
+    sigma = torch.linalg.svdvals(at_least_float32(h))  # (min(N, d),)
+    p = sigma / sigma.sum().clamp(min=1e-7) + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+@torch.no_grad()
+def neighbours_kept(h1: Tensor, h2: Tensor, k: int = 10) -> float:
+    """The share of its k nearest images that an image keeps, in [0, 1], under other patches.
+
+    h1 and h2 `(N, d)` are representations of the same N > 1 images, from two draws of patches.
+    Nearest by cosine among the N, of which an image itself does not count. By chance it is about
+    k / (N - 1), so of at most k others it says nothing and is 1.
+    """
+    N = len(h1)
+    k = min(k, N - 1)
+    found = []
+    for h in (h1, h2):
+        h = F.normalize(h, dim=1)
+        similarity = (h @ h.T).fill_diagonal_(-math.inf)  # (N, N)
+        found.append(similarity.topk(k, dim=1).indices)  # (N, k)
+    kept = (found[0].unsqueeze(2) == found[1].unsqueeze(1)).any(2)  # (N, k)
+    return kept.float().mean().item()
+
+
 class Features(NamedTuple):
     """A split's features, as the probes take them."""
 
@@ -772,9 +812,8 @@ def probe(train_h: Features, test_h: Features, data: Dataset) -> dict:
     return record
 
 
-def probe_without_training(data: Dataset, config: Config) -> dict:
+def probe_without_training(encoder: Encoder, data: Dataset, config: Config) -> dict:
     """kNN of the untrained encoder's features and of raw pixels: what learning has to beat."""
-    encoder = untrained_encoder(config, data.train_images)
     y, test_y = data.train_labels, data.test_labels
     h = features(encoder, data.train_images, config).bag
     test_h = features(encoder, data.test_images, config).bag
@@ -811,6 +850,32 @@ def untrained_encoder(config: Config, images: Tensor) -> Encoder:
         params = sample_patches(64, 4, image_size, augmentation, chance)
         encoder(extract_patches(images, index, params, config.patch_size, device=device))
     return encoder
+
+
+def score(encoder: Encoder, images: Tensor, config: Config) -> dict:
+    """What can be said without labels, in a few seconds: see docs/running.md.
+
+    The effective rank is of four crops of each of at most 2,048 images, on the grid. Neighbours are
+    kept from one draw of four training patches to another, among the first 1,024 of them.
+    """
+    some = scored_images(images)
+    few = some[:1024]
+    augmentation = training_augmentation(config, images.shape[2:])
+    how = {"patches": 4, "augmentation": augmentation, "precision": config.precision}
+    h1, h2 = (embed(encoder, few, seed=seed, **how) for seed in (0, 1))
+    kept = from_first(lambda: neighbours_kept(h1, h2)) if len(few) > 1 else 1.0
+    return {"effective_rank": rank_of(encoder, some, config), "neighbours_kept": kept}
+
+
+def rank_of(encoder: Encoder, some: Tensor, config: Config) -> float:
+    h = embed(encoder, some, patches=4, precision=config.precision)
+    return from_first(lambda: effective_rank(h))
+
+
+def scored_images(images: Tensor, most: int = 2048) -> Tensor:
+    """The same ones at each call."""
+    rows = torch.randperm(len(images), generator=generator(0, "score", 0))[:most]
+    return images[rows.to(images.device)]
 
 
 def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
@@ -903,11 +968,14 @@ def train_in(
     probed = probed_epochs(config.probe_epochs)
 
     def at_epoch_end(epoch: int) -> dict:
+        record = score(encoder, data.train_images, config)
         if epoch in probed and data.test_labels is not None:
-            return probe(*features_of_splits(encoder, data, config), data)
-        return holdout_knn(encoder, data, config)
+            return record | probe(*features_of_splits(encoder, data, config), data)
+        return record | holdout_knn(encoder, data, config)
 
     run = Run(folder, config.save_every, at_epoch_end)
+    if config.batch > 1:  # a single image has nothing to be spread out from
+        run.collapsed_rate = collapsed_rate(config.dim, getattr(objective, "eps2", 0.2))
     return train(encoder, data.train_images, config, augmentation, objective, run)
 
 
@@ -917,24 +985,39 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     train_h, test_h = features_of_splits(encoder, data, config)
     if config.export_features:
         export(config.export_features, train_h, test_h, data)
+    record = score(encoder, data.train_images, config)
+    untrained = None
+    if config.checkpoint or not config.eval_only:  # else this encoder is the untrained one
+        untrained = untrained_encoder(config, data.train_images)
+        some = scored_images(data.train_images)
+        record["untrained_effective_rank"] = rank_of(untrained, some, config)
     if test_h is None:
         print("These images have no labels: their features are kept, and nothing is probed.")
         kept = {"train_features": train_h.bag.half(), "files": data.files}
         from_first(lambda: write_features(folder.path / "features.npz", **kept))
-        return {"probe_seconds": time.perf_counter() - started}
+        tell_score(record)
+        return record | {"probe_seconds": time.perf_counter() - started}
 
     kept = {"test_features": test_h.bag.half(), "test_labels": data.test_labels}
     kept["classes"] = data.classes
     from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
-    record = probe(train_h, test_h, data)
-    if config.eval_only and not config.checkpoint:
-        # This encoder is the untrained one; what it has to beat is raw pixels.
+    record |= probe(train_h, test_h, data)
+    if untrained is None:
+        # What the untrained encoder has to beat is raw pixels.
         top1, _ = probe_pixels(data, linear_probe)
         record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
     else:
-        record |= probe_without_training(data, config)
+        record |= probe_without_training(untrained, data, config)
     print(", ".join(f"{LABELS[key]} {value:.4f}" for key, value in record.items() if key in LABELS))
+    tell_score(record)
     return record | {"probe_seconds": time.perf_counter() - started}
+
+
+def tell_score(record: dict) -> None:
+    beside = record.get("untrained_effective_rank")
+    untrained = "" if beside is None else f" (of the untrained encoder {beside:.1f})"
+    kept = record["neighbours_kept"]
+    print(f"effective rank {record['effective_rank']:.1f}{untrained}, neighbours kept {kept:.3f}")
 
 
 LABELS = {
