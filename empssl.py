@@ -35,12 +35,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from empssl_support import ops, report
+from empssl_support import ops, plan, report
 from empssl_support.cli import UsageError, flag, one_sentence, progress
-from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
+from empssl_support.data import DATASETS, Dataset, load_dataset, survey, to_device
+from empssl_support.export import write_program, write_splits
 from empssl_support.files import read_encoder, write_features
 from empssl_support.machine import keep_freed_memory, provenance
+from empssl_support.nearest import draw_sheet, neighbours, sheet_path
 from empssl_support.ops import extract_patches, extract_patches_ref, logdet_spd
+from empssl_support.pictures import as_images
 from empssl_support.processes import (
     distribute,
     first_process_first,
@@ -127,8 +130,10 @@ class Config:
     )
     probe_epochs: str = flag(None, "probe after these epochs too, as 1,10")
     eval_only: bool = flag(False, "probe --checkpoint or, without one, the untrained encoder")
-    checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
-    export_features: str = flag(None, "write the features of all images to this .npz")
+    checkpoint: str = flag(None, "an encoder.pt: to probe, to export, to search with")
+    export_features: str = flag(None, "write the features of all images to this .npz or .csv")
+    export: str = flag(None, "write the encoder as this .pt2, for torch.export.load, and stop")
+    nearest: str = flag(None, "an image: show the ten nearest to it in --data-dir, and stop")
 
     # The run and the machine.
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit", least=0)
@@ -138,7 +143,8 @@ class Config:
     )
     compile: bool = flag(False, "torch.compile the encoder")
     name: str = flag(None, "folder of the run below runs/ (data set and time)")
-    force: bool = flag(False, "overwrite that folder")
+    force: bool = flag(False, "overwrite that folder, or the sheet of --nearest")
+    plan: bool = flag(False, "say what the run will do and need, time ten steps, and stop")
     resume: str = flag(None, "a run's folder: go on where it was stopped, with its own settings")
     save_every: float = flag(5.0, "minutes between checkpoints within an epoch", least=0)
     report: str = flag(None, "a run's folder: draw it as a page, report.html, and stop")
@@ -337,6 +343,7 @@ class Encoder(nn.Module):
             "dim": dim,
             "drop_last_stage": drop_last_stage,
         }
+        self.image_size = 2 * patch_size  # of what it is trained on, in pixels; see new_encoder
         if backbone == "resnet18":
             self.backbone, width = resnet18_backbone(patch_size, drop_last_stage)
         elif backbone == "small":
@@ -363,6 +370,17 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.project(self.representation(x))
         return F.normalize(z.float(), dim=-1)  # (P, d)
+
+    def features(self, images) -> Tensor:
+        """The bags of patches of your own images, `(N, hidden)` float32 on the CPU.
+
+        images: a path, a PIL image, a uint8 tensor `(3, H, W)` or `(N, 3, H, W)`, a uint8 array
+        `(H, W, 3)` or `(N, H, W, 3)`, with values 0 to 255, or a list of these, of any sizes. Each
+        is brought to the size that training had, `image_size`, as a folder's images are. Puts the
+        encoder into eval mode. Raises `UsageError`, a `ValueError`, for no images, one that cannot
+        be read, and another kind.
+        """
+        return embed(self, as_images(images, self.image_size)).cpu()
 
 
 def resnet18_backbone(patch_size: int, drop_last_stage: bool) -> tuple[nn.Module, int]:
@@ -393,6 +411,7 @@ def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -
             config.dim,
             config.drop_last_stage,
         )
+    encoder.image_size = min(images.shape[2:])
     if config.backbone == "small":
         # Its first layer begins as filters that whiten the images: two million pixels suffice.
         count = max(1, 2**21 // images[0, 0].numel())
@@ -411,6 +430,7 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
     saved = read_encoder(path)
     try:
         encoder = Encoder(**saved["architecture"])
+        encoder.image_size = saved["image_size"]
         encoder.load_state_dict(saved["weights"])
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()[:200]
@@ -915,10 +935,24 @@ def launch(config: Config, method=method) -> dict:
     if config.ops:
         describe_ops(config)
         return {}
+    if config.export:
+        write_program(Path(config.export), load(config.checkpoint))
+        print(f"the encoder of {config.checkpoint} written to {config.export}")
+        return {}
     keep_freed_memory()
     join_processes(config.device)
+    if config.nearest is not None:
+        show_nearest(config)
+        return {}
     data = first_process_first(lambda: load_data(config))
+    if config.plan:
+        plan.tell(config, data, method, train, embed)
+        return {}
+    return carry_out(config, data, method)
 
+
+def carry_out(config: Config, data: Dataset, method) -> dict:
+    """Train, probe and export, as the settings say; returns as `launch`."""
     # What cannot work is refused here, before anything is written.
     trains = not (config.checkpoint or config.eval_only)
     if trains:
@@ -928,7 +962,7 @@ def launch(config: Config, method=method) -> dict:
     else:
         encoder = untrained_encoder(config, data.train_images)
     if config.checkpoint and not config.eval_only:  # for --export-features alone
-        export(config.export_features, *features_of_splits(encoder, data, config), data)
+        export_features(config.export_features, *features_of_splits(encoder, data, config), data)
         return {}
 
     about = dataclasses.asdict(config) | provenance(config.device)
@@ -947,15 +981,16 @@ def load_data(config: Config) -> Dataset:
 
     Settles `config.patch_size`, and refuses settings that do not fit the data.
     """
-    data = load_dataset(
-        config.dataset, config.data_dir, config.image_size, config.subset, config.seed
-    )
+    what = (config.dataset, config.data_dir, config.image_size, config.subset)
+    data = survey(*what) if config.plan else load_dataset(*what, config.seed)
     N, _, H, W = data.train_images.shape
     if config.patch_size is None:
         # As large as the image, as in the paper; for Tiny ImageNet crops in their own size.
         largest = 32 if config.dataset == "tinyimagenet" else 224
         config.patch_size = min(largest, H, W)
     check_sizes(config, N, H, W)
+    if config.plan:
+        return data
     return to_device(data, config.device)
 
 
@@ -984,7 +1019,7 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     started = time.perf_counter()
     train_h, test_h = features_of_splits(encoder, data, config)
     if config.export_features:
-        export(config.export_features, train_h, test_h, data)
+        export_features(config.export_features, train_h, test_h, data)
     record = score(encoder, data.train_images, config)
     untrained = None
     if config.checkpoint or not config.eval_only:  # else this encoder is the untrained one
@@ -1040,17 +1075,29 @@ def features_of_splits(
     return train_h, test_h
 
 
-def export(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
-    arrays = {
-        "train_features": train_h.bag,
-        "train_labels": data.train_labels,
-        "test_features": None if test_h is None else test_h.bag,
-        "test_labels": data.test_labels,
-        "files": data.files,
-        "classes": data.classes or None,
-    }
-    from_first(lambda: write_features(Path(path), **arrays))
+def export_features(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
+    bag = None if test_h is None else test_h.bag
+    from_first(lambda: write_splits(Path(path), train_h.bag, bag, data))
     print(f"features of {len(train_h.bag):,} training images written to {path}")
+
+
+def show_nearest(config: Config) -> None:
+    """The ten images of a folder that are nearest to one, by the cosine of their bags of patches.
+
+    Raises `UsageError` where the image cannot be read, and as `sheet_path` and `neighbours`.
+    """
+    sheet = sheet_path(config.nearest, config.force)
+    encoder = load(config.checkpoint, config.device)
+    query = encoder.features(config.nearest)  # (1, hidden)
+    data = first_process_first(lambda: load_data(config))
+    h, files = embed(encoder, data.train_images), data.files
+    if data.test_images is not None:
+        h = torch.cat([h, embed(encoder, data.test_images)])
+        files = files + data.test_files
+    found = neighbours(config.nearest, query, h, files)
+    print(*(f"{similarity:.3f}  {file}" for file, similarity in found), sep="\n")
+    from_first(lambda: draw_sheet(sheet, config.nearest, found))
+    print(f"drawn: {sheet}")
 
 
 def announce(config: Config, images: Tensor) -> None:
