@@ -21,6 +21,9 @@ every image, and row i*b + j of anything flattened is patch i of image j.
     python empssl.py --dataset cifar10 --epochs 10
 """
 
+import empssl_support  # noqa: F401  (before torch: it says how torch's idle threads are to wait)
+
+# isort: split
 import dataclasses
 import hashlib
 import math
@@ -35,12 +38,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from empssl_support import ops, report
+from empssl_support import ops, plan, report
 from empssl_support.cli import UsageError, flag, one_sentence, progress
-from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
+from empssl_support.data import DATASETS, Dataset, load_dataset, survey, to_device
+from empssl_support.export import write_program, write_splits
 from empssl_support.files import read_encoder, write_features
 from empssl_support.machine import keep_freed_memory, provenance
+from empssl_support.nearest import draw_sheet, neighbours, sheet_path
 from empssl_support.ops import extract_patches, extract_patches_ref, logdet_spd
+from empssl_support.pictures import as_images
 from empssl_support.processes import (
     distribute,
     first_process_first,
@@ -66,6 +72,7 @@ __all__ = [
     "Encoder",
     "LARS",
     "coding_rate",
+    "effective_rank",
     "embed",
     "empssl_loss",
     "extract_patches",
@@ -76,6 +83,7 @@ __all__ = [
     "load",
     "load_dataset",
     "main",
+    "neighbours_kept",
     "sample_patches",
     "train",
 ]
@@ -125,8 +133,10 @@ class Config:
     )
     probe_epochs: str = flag(None, "probe after these epochs too, as 1,10")
     eval_only: bool = flag(False, "probe --checkpoint or, without one, the untrained encoder")
-    checkpoint: str = flag(None, "an encoder.pt, for --eval-only and --export-features")
-    export_features: str = flag(None, "write the features of all images to this .npz")
+    checkpoint: str = flag(None, "an encoder.pt: to probe, to export, to search with")
+    export_features: str = flag(None, "write the features of all images to this .npz or .csv")
+    export: str = flag(None, "write the encoder as this .pt2, for torch.export.load, and stop")
+    nearest: str = flag(None, "an image: show the ten nearest to it in --data-dir, and stop")
 
     # The run and the machine.
     seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit", least=0)
@@ -136,7 +146,8 @@ class Config:
     )
     compile: bool = flag(False, "torch.compile the encoder")
     name: str = flag(None, "folder of the run below runs/ (data set and time)")
-    force: bool = flag(False, "overwrite that folder")
+    force: bool = flag(False, "overwrite that folder, or the sheet of --nearest")
+    plan: bool = flag(False, "say what the run will do and need, time ten steps, and stop")
     resume: str = flag(None, "a run's folder: go on where it was stopped, with its own settings")
     save_every: float = flag(5.0, "minutes between checkpoints within an epoch", least=0)
     report: str = flag(None, "a run's folder: draw it as a page, report.html, and stop")
@@ -335,6 +346,7 @@ class Encoder(nn.Module):
             "dim": dim,
             "drop_last_stage": drop_last_stage,
         }
+        self.image_size = 2 * patch_size  # of what it is trained on, in pixels; see new_encoder
         if backbone == "resnet18":
             self.backbone, width = resnet18_backbone(patch_size, drop_last_stage)
         elif backbone == "small":
@@ -361,6 +373,17 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.project(self.representation(x))
         return F.normalize(at_least_float32(z), dim=-1)  # (P, d)
+
+    def features(self, images) -> Tensor:
+        """The bags of patches of your own images, `(N, hidden)` float32 on the CPU.
+
+        images: a path, a PIL image, a uint8 tensor `(3, H, W)` or `(N, 3, H, W)`, a uint8 array
+        `(H, W, 3)` or `(N, H, W, 3)`, with values 0 to 255, or a list of these, of any sizes. Each
+        is brought to the size that training had, `image_size`, as a folder's images are. Puts the
+        encoder into eval mode. Raises `UsageError`, a `ValueError`, for no images, one that cannot
+        be read, and another kind.
+        """
+        return embed(self, as_images(images, self.image_size)).cpu()
 
 
 def resnet18_backbone(patch_size: int, drop_last_stage: bool) -> tuple[nn.Module, int]:
@@ -391,6 +414,7 @@ def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -
             config.dim,
             config.drop_last_stage,
         )
+    encoder.image_size = min(images.shape[2:])
     if config.backbone == "small":
         # Its first layer begins as filters that whiten the images: two million pixels suffice.
         count = max(1, 2**21 // images[0, 0].numel())
@@ -409,6 +433,7 @@ def load(path: str | Path, device: str = "cpu") -> Encoder:
     saved = read_encoder(path)
     try:
         encoder = Encoder(**saved["architecture"])
+        encoder.image_size = saved["image_size"]
         encoder.load_state_dict(saved["weights"])
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()[:200]
@@ -455,6 +480,11 @@ def coding_rate(
         identity = torch.eye(min(b, d), dtype=z.dtype, device=z.device)
         R = 1 / 2 * logdet_spd(identity + scale * gram)[0]  # (...)
         return R.mean() if reduction == "mean" else R
+
+
+def collapsed_rate(d: int, eps2: float = 0.2) -> float:
+    """`R` of unit rows that are all equal, the least that it can be: 1/2 log(1 + d / eps2)."""
+    return 1 / 2 * math.log1p(d / eps2)
 
 
 def invariance(z: Tensor) -> Tensor:
@@ -751,6 +781,39 @@ def knn_probe(
     return hits / len(test_labels)
 
 
+@torch.no_grad()
+def effective_rank(h: Tensor) -> float:
+    """How many dimensions the representations `h (N, d)` fill: from 1 to min(N, d), or near it.
+
+    RankMe, Garrido et al., arXiv 2210.02885, section 3: the exponential of the entropy of the
+    singular values, which are not centred. Asks for no labels. NaN where h is not finite.
+    """
+    if not h.isfinite().all():
+        return math.nan
+    sigma = torch.linalg.svdvals(at_least_float32(h))  # (min(N, d),)
+    p = sigma / sigma.sum().clamp(min=1e-7) + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+@torch.no_grad()
+def neighbours_kept(h1: Tensor, h2: Tensor, k: int = 10) -> float:
+    """The share of its k nearest images that an image keeps, in [0, 1], under other patches.
+
+    h1 and h2 `(N, d)` are representations of the same N > 1 images, from two draws of patches.
+    Nearest by cosine among the N, of which an image itself does not count. By chance it is about
+    k / (N - 1), so of at most k others it says nothing and is 1.
+    """
+    N = len(h1)
+    k = min(k, N - 1)
+    found = []
+    for h in (h1, h2):
+        h = F.normalize(h, dim=1)
+        similarity = (h @ h.T).fill_diagonal_(-math.inf)  # (N, N)
+        found.append(similarity.topk(k, dim=1).indices)  # (N, k)
+    kept = (found[0].unsqueeze(2) == found[1].unsqueeze(1)).any(2)  # (N, k)
+    return kept.float().mean().item()
+
+
 class Features(NamedTuple):
     """A split's features, as the probes take them."""
 
@@ -819,6 +882,32 @@ def untrained_encoder(config: Config, images: Tensor) -> Encoder:
     return encoder
 
 
+def score(encoder: Encoder, images: Tensor, config: Config) -> dict:
+    """What can be said without labels, in a few seconds: see docs/running.md.
+
+    The effective rank is of four crops of each of at most 2,048 images, on the grid. Neighbours are
+    kept from one draw of four training patches to another, among the first 1,024 of them.
+    """
+    some = scored_images(images)
+    few = some[:1024]
+    augmentation = training_augmentation(config, images.shape[2:])
+    how = {"patches": 4, "augmentation": augmentation, "precision": config.precision}
+    h1, h2 = (embed(encoder, few, seed=seed, **how) for seed in (0, 1))
+    kept = from_first(lambda: neighbours_kept(h1, h2)) if len(few) > 1 else 1.0
+    return {"effective_rank": rank_of(encoder, some, config), "neighbours_kept": kept}
+
+
+def rank_of(encoder: Encoder, some: Tensor, config: Config) -> float:
+    h = embed(encoder, some, patches=4, precision=config.precision)
+    return from_first(lambda: effective_rank(h))
+
+
+def scored_images(images: Tensor, most: int = 2048) -> Tensor:
+    """The same ones at each call."""
+    rows = torch.randperm(len(images), generator=generator(0, "score", 0))[:most]
+    return images[rows.to(images.device)]
+
+
 def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
     """A cheap sign of progress: kNN within the training images, 1,000 against 5,000 others."""
     queries = min(1000, len(data.train_images) // 6)
@@ -856,10 +945,24 @@ def launch(config: Config, method=method) -> dict:
     if config.ops:
         describe_ops(config)
         return {}
+    if config.export:
+        write_program(Path(config.export), load(config.checkpoint))
+        print(f"the encoder of {config.checkpoint} written to {config.export}")
+        return {}
     keep_freed_memory()
     join_processes(config.device)
+    if config.nearest is not None:
+        show_nearest(config)
+        return {}
     data = first_process_first(lambda: load_data(config))
+    if config.plan:
+        plan.tell(config, data, method, train, embed)
+        return {}
+    return carry_out(config, data, method)
 
+
+def carry_out(config: Config, data: Dataset, method) -> dict:
+    """Train, probe and export, as the settings say; returns as `launch`."""
     # What cannot work is refused here, before anything is written.
     trains = not (config.checkpoint or config.eval_only)
     if trains:
@@ -869,7 +972,7 @@ def launch(config: Config, method=method) -> dict:
     else:
         encoder = untrained_encoder(config, data.train_images)
     if config.checkpoint and not config.eval_only:  # for --export-features alone
-        export(config.export_features, *features_of_splits(encoder, data, config), data)
+        export_features(config.export_features, *features_of_splits(encoder, data, config), data)
         return {}
 
     about = dataclasses.asdict(config) | provenance(config.device)
@@ -890,15 +993,16 @@ def load_data(config: Config) -> Dataset:
 
     Settles `config.patch_size`, and refuses settings that do not fit the data.
     """
-    data = load_dataset(
-        config.dataset, config.data_dir, config.image_size, config.subset, config.seed
-    )
+    what = (config.dataset, config.data_dir, config.image_size, config.subset)
+    data = survey(*what) if config.plan else load_dataset(*what, config.seed)
     N, _, H, W = data.train_images.shape
     if config.patch_size is None:
         # As large as the image, as in the paper; for Tiny ImageNet crops in their own size.
         largest = 32 if config.dataset == "tinyimagenet" else 224
         config.patch_size = min(largest, H, W)
     check_sizes(config, N, H, W)
+    if config.plan:
+        return data
     return to_device(data, config.device)
 
 
@@ -911,11 +1015,14 @@ def train_in(
     probed = probed_epochs(config.probe_epochs)
 
     def at_epoch_end(epoch: int) -> dict:
+        record = score(encoder, data.train_images, config)
         if epoch in probed and data.test_labels is not None:
-            return probe(*features_of_splits(encoder, data, config), data)
-        return holdout_knn(encoder, data, config)
+            return record | probe(*features_of_splits(encoder, data, config), data)
+        return record | holdout_knn(encoder, data, config)
 
     run = Run(folder, config.save_every, at_epoch_end)
+    if config.batch > 1:  # a single image has nothing to be spread out from
+        run.collapsed_rate = collapsed_rate(config.dim, getattr(objective, "eps2", 0.2))
     return train(encoder, data.train_images, config, augmentation, objective, run)
 
 
@@ -924,15 +1031,19 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     started = time.perf_counter()
     train_h, test_h = features_of_splits(encoder, data, config)
     if config.export_features:
-        export(config.export_features, train_h, test_h, data)
+        export_features(config.export_features, train_h, test_h, data)
+    record = score(encoder, data.train_images, config)
     # What learning has to beat, unless this encoder is itself the untrained one.
     untrained = None
     if config.checkpoint or not config.eval_only:
         untrained = untrained_encoder(config, data.train_images)
+        some = scored_images(data.train_images)
+        record["untrained_effective_rank"] = rank_of(untrained, some, config)
     if test_h is None:
-        record = results_without_labels(folder, train_h, untrained, data, config)
+        record |= results_without_labels(folder, train_h, untrained, data, config)
     else:
-        record = results_with_labels(folder, train_h, test_h, untrained, data, config)
+        record |= results_with_labels(folder, train_h, test_h, untrained, data, config)
+    tell_score(record)
     return record | {"probe_seconds": time.perf_counter() - started}
 
 
@@ -969,6 +1080,7 @@ def results_with_labels(
     some = shown_in_report(len(test_h.bag), config)
     shown = {"images": pick(data.test_images, some), "features": pick(test_h.bag, some)}
     shown |= {"labels": data.test_labels[some], "classes": data.classes}
+    shown["files"] = data.test_files and [data.test_files[row] for row in some.tolist()]
     if untrained is None:
         top1, _ = probe_pixels(data, linear_probe)
         record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
@@ -993,6 +1105,13 @@ def pick(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows.to(x.device)]
 
 
+def tell_score(record: dict) -> None:
+    beside = record.get("untrained_effective_rank")
+    untrained = "" if beside is None else f" (of the untrained encoder {beside:.1f})"
+    kept = record["neighbours_kept"]
+    print(f"effective rank {record['effective_rank']:.1f}{untrained}, neighbours kept {kept:.3f}")
+
+
 LABELS = {
     "linear_top1": "bag of patches: linear probe",
     "linear_top5": "top-5",
@@ -1013,17 +1132,29 @@ def features_of_splits(
     return train_h, test_h
 
 
-def export(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
-    arrays = {
-        "train_features": train_h.bag,
-        "train_labels": data.train_labels,
-        "test_features": None if test_h is None else test_h.bag,
-        "test_labels": data.test_labels,
-        "files": data.files,
-        "classes": data.classes or None,
-    }
-    from_first(lambda: write_features(Path(path), **arrays))
+def export_features(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
+    bag = None if test_h is None else test_h.bag
+    from_first(lambda: write_splits(Path(path), train_h.bag, bag, data))
     print(f"features of {len(train_h.bag):,} training images written to {path}")
+
+
+def show_nearest(config: Config) -> None:
+    """The ten images of a folder that are nearest to one, by the cosine of their bags of patches.
+
+    Raises `UsageError` where the image cannot be read, and as `sheet_path` and `neighbours`.
+    """
+    sheet = sheet_path(config.nearest, config.force)
+    encoder = load(config.checkpoint, config.device)
+    query = encoder.features(config.nearest)  # (1, hidden)
+    data = first_process_first(lambda: load_data(config))
+    h, files = embed(encoder, data.train_images), data.files
+    if data.test_images is not None:
+        h = torch.cat([h, embed(encoder, data.test_images)])
+        files = files + data.test_files
+    found = neighbours(config.nearest, query, h, files)
+    print(*(f"{similarity:.3f}  {file}" for file, similarity in found), sep="\n")
+    from_first(lambda: draw_sheet(sheet, config.nearest, found))
+    print(f"drawn: {sheet}")
 
 
 def announce(config: Config, images: Tensor) -> None:

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor
 
 from empssl_support.cli import UsageError
-from empssl_support.images import decode_once, walk
+from empssl_support.images import decode_once, look_only, walk
 from empssl_support.shapes import OUTLINES, shapes
 
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "imagenet100", "imagefolder", "shapes")
@@ -28,6 +28,7 @@ class Dataset(NamedTuple):
     classes: list[str]  # empty where there are no labels
     key: str  # changes when any image does; names what is cached about the set
     files: list[str] | None = None  # of an image folder: the training images' paths, in order
+    test_files: list[str] | None = None  # the test images'
 
 
 def load_dataset(
@@ -36,6 +37,7 @@ def load_dataset(
     image_size: int | None = None,
     subset: int | None = None,
     seed: int = 0,
+    decode=decode_once,
 ) -> Dataset:
     """Load a data set: one of `DATASETS`.
 
@@ -47,6 +49,7 @@ def load_dataset(
         out. Default: the first image's shorter side, at most 224 (64 for `tinyimagenet`, 224 for
         `imagenet100`).
     subset: keep this many training images, chosen by `seed`; the test split stays whole.
+    decode: what reads a folder's images, `decode_once` or `look_only`.
 
     Raises `UsageError` for an unknown name, missing or empty folders, a class that only the test
     split has, more than 1 % unreadable images or a whole split of them, and a download that fails;
@@ -57,11 +60,11 @@ def load_dataset(
     if name in ("cifar10", "cifar100"):
         data = cifar(name, data_dir)
     elif name == "tinyimagenet":
-        data = tiny_imagenet(data_dir, image_size or 64)
+        data = tiny_imagenet(data_dir, image_size or 64, decode)
     elif name == "imagenet100":
-        data = image_folder(data_dir, image_size or 224, labels_needed=True)
+        data = image_folder(data_dir, image_size or 224, decode, labels_needed=True)
     elif name == "imagefolder":
-        data = image_folder(data_dir, image_size)
+        data = image_folder(data_dir, image_size, decode)
     elif name == "shapes":
         data = Dataset(*shapes(), classes=list(OUTLINES), key="shapes")
     else:
@@ -80,13 +83,17 @@ def check_image_size(name: str, image_size: int | None) -> None:
         raise UsageError(f"{name} images are always 32x32; --image-size is for image folders.")
 
 
-def take_subset(data: Dataset, subset: int, seed: int) -> Dataset:
-    """`data` with `subset` of its training images, in their old order."""
-    N = len(data.train_images)
+def check_subset(subset: int, N: int) -> None:
     if not 1 <= subset <= N:
         raise UsageError(
             f"--subset is {subset}; it must lie between 1 and the {N} training images."
         )
+
+
+def take_subset(data: Dataset, subset: int, seed: int) -> Dataset:
+    """`data` with `subset` of its training images, in their old order."""
+    N = len(data.train_images)
+    check_subset(subset, N)
     chance = torch.Generator().manual_seed(seed)
     kept = torch.randperm(N, generator=chance)[:subset].sort().values  # (subset,)
     labels, files = data.train_labels, data.files
@@ -95,6 +102,29 @@ def take_subset(data: Dataset, subset: int, seed: int) -> Dataset:
         train_labels=None if labels is None else labels[kept],
         files=None if files is None else [files[row] for row in kept.tolist()],
         key=f"{data.key}-{subset}-{seed}",
+    )
+
+
+def survey(
+    name: str, data_dir: str | Path, image_size: int | None = None, subset: int | None = None
+) -> Dataset:
+    """As `load_dataset`, without decoding, downloading or writing: black images may stand in.
+
+    With a `subset`, `files` are still all that would be decoded. Raises `UsageError` as it does,
+    except for images that cannot be read.
+    """
+    if name in ("cifar10", "cifar100"):
+        check_image_size(name, image_size)
+        data = cifar_unseen(name)
+    else:
+        data = load_dataset(name, data_dir, image_size, decode=look_only)
+    if subset is None:
+        return data
+    check_subset(subset, len(data.train_images))
+    labels = data.train_labels
+    return data._replace(
+        train_images=data.train_images[:subset],
+        train_labels=None if labels is None else labels[:subset],
     )
 
 
@@ -155,6 +185,19 @@ def cifar(name: str, data_dir: Path) -> Dataset:
     )
 
 
+def cifar_unseen(name: str) -> Dataset:
+    black = torch.zeros(1, dtype=torch.uint8)
+    classes = int(name.removeprefix("cifar"))
+    return Dataset(
+        train_images=black.expand(50_000, 3, 32, 32),
+        train_labels=torch.arange(50_000) % classes,
+        test_images=black.expand(10_000, 3, 32, 32),
+        test_labels=torch.arange(10_000) % classes,
+        classes=[str(label) for label in range(classes)],
+        key=name,
+    )
+
+
 def channels_first(pixels) -> Tensor:
     """NumPy's `(N, H, W, 3)` -> `(N, 3, H, W)`."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -163,22 +206,24 @@ def channels_first(pixels) -> Tensor:
 # ---- folders of images ----
 
 
-def image_folder(folder: Path, image_size: int | None, labels_needed: bool = False) -> Dataset:
+def image_folder(
+    folder: Path, image_size: int | None, decode, labels_needed: bool = False
+) -> Dataset:
     """`train/<class>/` with `test/<class>/` or `val/<class>/`, else all images, without labels."""
     check_folder(folder)
     train = by_class(folder / "train")
     test = by_class(folder / "test") or by_class(folder / "val")
     two_splits = (folder / "test").is_dir() or (folder / "val").is_dir()
     if train and two_splits:
-        return labelled_images(folder, train, test, image_size)
+        return labelled_images(folder, train, test, image_size, decode)
     if labels_needed:
         raise UsageError(
             f"{folder} has no labelled images; it needs train/<class>/ and val/<class>/."
         )
-    return unlabelled_images(folder, image_size)
+    return unlabelled_images(folder, image_size, decode)
 
 
-def tiny_imagenet(folder: Path, image_size: int) -> Dataset:
+def tiny_imagenet(folder: Path, image_size: int, decode) -> Dataset:
     """`train/<class>/images/*.JPEG`, and `val/images/*.JPEG` with `val/val_annotations.txt`."""
     if (folder / "tiny-imagenet-200").is_dir():
         folder = folder / "tiny-imagenet-200"
@@ -201,7 +246,7 @@ def tiny_imagenet(folder: Path, image_size: int) -> Dataset:
                 f"unpack tiny-imagenet-200.zip again."
             )
         test.setdefault(label, []).append(folder / "val" / "images" / file)
-    return labelled_images(folder, by_class(folder / "train"), test, image_size)
+    return labelled_images(folder, by_class(folder / "train"), test, image_size, decode)
 
 
 def check_folder(folder: Path) -> None:
@@ -220,9 +265,9 @@ def by_class(folder: Path) -> dict[str, list[Path]]:
     return {name: some for name, some in files.items() if some}
 
 
-def unlabelled_images(folder: Path, image_size: int | None) -> Dataset:
+def unlabelled_images(folder: Path, image_size: int | None, decode) -> Dataset:
     files = walk(folder)
-    splits, key = decode_once(folder, {"train": files, "test": []}, image_size)
+    splits, key = decode(folder, {"train": files, "test": []}, image_size)
     images, rows = splits["train"]
     return Dataset(
         train_images=images,
@@ -240,6 +285,7 @@ def labelled_images(
     train: dict[str, list[Path]],
     test: dict[str, list[Path]],
     image_size: int | None,
+    decode,
 ) -> Dataset:
     """Both splits, each given as its files by class. Classes are numbered in alphabetical order."""
     check_classes(folder, train, test)
@@ -248,7 +294,7 @@ def labelled_images(
         "train": list(chain.from_iterable(train.values())),
         "test": list(chain.from_iterable(test.values())),
     }
-    splits, key = decode_once(folder, files, image_size)
+    splits, key = decode(folder, files, image_size)
     return Dataset(
         train_images=splits["train"].images,
         train_labels=number_classes(train, classes)[splits["train"].rows],
@@ -257,6 +303,7 @@ def labelled_images(
         classes=classes,
         key=key,
         files=[str(files["train"][row]) for row in splits["train"].rows],
+        test_files=[str(files["test"][row]) for row in splits["test"].rows],
     )
 
 

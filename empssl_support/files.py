@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and read with care."""
 
 import contextlib
+import csv
 import io
 import os
 import zipfile
@@ -57,13 +58,16 @@ def write_torch(path: Path, content: dict, before=None) -> None:
 def save_encoder(path: Path, encoder: nn.Module) -> None:
     """Plain tensors and numbers, so that `torch.load(path, weights_only=True)` reads it."""
     weights = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
-    write_torch(path, {"architecture": encoder.architecture, "weights": weights})
+    content = {"architecture": encoder.architecture, "image_size": encoder.image_size}
+    write_torch(path, content | {"weights": weights})
 
 
 def read_encoder(path: str | Path) -> dict:
-    """What `save_encoder` wrote: `architecture`, a dict of settings, and `weights`.
+    """What `save_encoder` wrote: `architecture`, a dict of settings, `image_size`, and `weights`.
 
-    Raises `UsageError` where `path` is something else; runs no code from the file.
+    Older files do not say the size of the images. Then it is twice the patch's side: the size of an
+    image whose crops, a quarter of it, need not be resized. Raises `UsageError` where `path` is
+    something else; runs no code from the file.
     """
     if not Path(path).is_file():
         raise UsageError(f"There is no checkpoint {path}; give the encoder.pt of a run.")
@@ -79,6 +83,10 @@ def read_encoder(path: str | Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {name: type(value) for name, value in content["architecture"].items()}
         ours = kinds == expected and isinstance(content["weights"], dict)
+        s = content["architecture"]["patch_size"]
+        content.setdefault("image_size", 2 * s)
+        ours = ours and type(content["image_size"]) is int
+        ours = ours and 1 <= s <= 4096 and 1 <= content["image_size"] <= 8192
     except Exception:  # random bytes, a pickle with code in it, another program's file
         ours = False
     if not ours:
@@ -108,3 +116,16 @@ def write_features(path: Path, **arrays) -> None:
     for name, value in there.items():
         there[name] = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     write_whole(path, lambda out: np.savez(out, **there))
+
+
+def write_table(path: Path, header: list[str], rows) -> None:
+    """Rows of words and numbers as a `.csv`, UTF-8; file names that are no text too."""
+
+    def write(out):
+        text = io.TextIOWrapper(out, "utf-8", errors="backslashreplace", newline="")
+        table = csv.writer(text)
+        table.writerow(header)
+        table.writerows(rows)
+        text.detach()  # which flushes it, and leaves `out` open
+
+    write_whole(path, write)

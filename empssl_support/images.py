@@ -21,11 +21,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from empssl_support.cli import UsageError, progress
 from empssl_support.files import flush_folder, write_text
+from empssl_support.pictures import read_image, shorter_side
 
 CACHE = Path("runs") / ".cache"
 # Endings of the files that count as images.
@@ -75,11 +75,7 @@ def decode_once(
     read, or none of a split, and where the disk has no room; `OSError` where the cache cannot be
     written.
     """
-    if not files["train"]:
-        raise UsageError(
-            f"There are no images in {folder}; known endings are {', '.join(SUFFIXES)}."
-        )
-    size = size or min(224, shorter_side(files["train"]))
+    size = side_of_squares(folder, files["train"], size)
     both = [*files["train"], *files["test"]]
     facts = [fact(file, folder) for file in both]
     key = fingerprint(folder, facts, size)
@@ -110,6 +106,31 @@ def split(cached: Cached, train: int) -> dict[str, Split]:
         "train": Split(pixels[:cut] if cut else None, rows[:cut]),
         "test": Split(pixels[cut:] if test_rows else None, test_rows),
     }
+
+
+def look_only(
+    folder: Path, files: dict[str, list[Path]], size: int | None
+) -> tuple[dict[str, Split], str]:
+    """As `decode_once`, without decoding or writing anything: black images stand in, in no memory.
+
+    Every file counts as one that can be read. Raises `UsageError` where there is no training image.
+    """
+    size = side_of_squares(folder, files["train"], size)
+    splits = {}
+    for part, some in files.items():
+        black = torch.zeros(1, dtype=torch.uint8).expand(len(some), 3, size, size)
+        splits[part] = Split(black if some else None, list(range(len(some))))
+    facts = [fact(file, folder) for some in files.values() for file in some]
+    return splits, fingerprint(folder, facts, size)
+
+
+def side_of_squares(folder: Path, files: list[Path], size: int | None) -> int:
+    """`size` or, by default, the first training image's shorter side, at most 224 pixels."""
+    if not files:
+        raise UsageError(
+            f"There are no images in {folder}; known endings are {', '.join(SUFFIXES)}."
+        )
+    return size or min(224, shorter_side(files))
 
 
 # ---- finding the files, and seeing that they have changed ----
@@ -172,53 +193,9 @@ def cache_folder(folder: Path, size: int, key: str) -> Path:
     return CACHE / f"{name}-{size}-{place[:8]}-{key[:16]}"
 
 
-# ---- reading one image ----
-
-
-def read_image(file: Path, size: int) -> np.ndarray | Exception:
-    """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
-    try:
-        with Image.open(file) as image:
-            # The shorter side becomes `size`; then the centre is cut out.
-            scale = size / min(image.size)
-            width, height = (max(size, round(side * scale)) for side in image.size)
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: 12 megapixels in a sixth of the
-            # time. Where it is then still three times as large, a pixel of a photograph moves by
-            # 0.4 of 255 levels in the mean or less; at twice as large it would be 0.7.
-            reduced = image.draft(None, (3 * width, 3 * height))
-            image = to_rgb(image)
-        # Where its sides are no multiples of 8, the last of the reduced pixels are not whole.
-        whole = reduced[1] if reduced else None
-        image = image.resize((width, height), Image.Resampling.BILINEAR, whole)
-        # A camera may note how it was held and leave the pixels as they were.
-        image = ImageOps.exif_transpose(image)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-        return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # decoders raise all kinds; the caller names the file
-        return error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers")
-    if image.mode.startswith("I"):
-        # Of 16 bits the upper eight are kept. PIL would cut all values off at 255.
-        upper = np.asarray(image).clip(0, 65535) >> 8
-        about = image.info
-        image = Image.fromarray(upper.astype(np.uint8))
-        image.info = about
-    return image.convert("RGB")
-
-
-def shorter_side(files: list[Path]) -> int:
-    """Of the first image that can be opened, in pixels."""
-    for file in files:
-        # Those that cannot are counted and named when all are decoded.
-        with contextlib.suppress(Exception), Image.open(file) as image:
-            return min(image.size)
-    raise UsageError(f"None of the {len(files)} image files can be read, for instance {files[0]}.")
+def is_decoded(key: str) -> bool:
+    """Whether the images with that fingerprint have a cache."""
+    return any(CACHE.glob(f"*-{key[:16]}"))
 
 
 # ---- the cache: a folder with images.u8 and meta.json, there as a whole or not at all ----

@@ -133,8 +133,7 @@ class RunFolder:
         record = record | {"device": self.config["hardware"]}
         record |= peak_memory(self.config["device"]) | self.saving
         self.log(record)
-        drawn = f"{shlex.join(program())} --report {os.path.relpath(self.path)}"
-        print(f"written to {self.path}; to draw it: {drawn}")
+        print(f"written to {self.path}")
         return record
 
     # -- checkpoints --
@@ -249,6 +248,7 @@ class Run:
         self.folder = folder
         self.save_every = save_every
         self.at_epoch_end = at_epoch_end or nothing_to_add
+        self.collapsed_rate = 0.0  # R of embeddings that are all equal: near it is a warning due
         self.record = {}
 
     def restore(self, **parts) -> int:
@@ -314,8 +314,19 @@ class Run:
         self.record = {"step": step, "epoch": step / self.steps_an_epoch, **terms}
         self.record |= {"loss": loss.item(), "lr": lr, "patches_per_second": speed}
         self.log(self.record)
+        self.warn_of_collapse(step, terms)
         shown = [f"{name} {value:.4g}" for name, value in terms.items()]
         self.bar.set_postfix_str("  ".join([*shown, f"lr {lr:.3f}", f"{speed:.0f} patches/s"]))
+
+    def warn_of_collapse(self, step: int, terms: dict[str, float]) -> None:
+        """Once: where embeddings collapse, R ends within a tenth of what it cannot fall below."""
+        if terms.get("R", math.inf) > 1.1 * self.collapsed_rate:
+            return
+        self.bar.write(
+            f"warning: at step {step} R is {terms['R']:.2f}, and {self.collapsed_rate:.2f} where "
+            f"all embeddings are equal: the encoder has collapsed; lower --lam or --lr."
+        )
+        self.collapsed_rate = 0.0  # said
 
     def end_epoch(self, step: int) -> None:
         began = time.perf_counter()

@@ -17,6 +17,8 @@ from empssl_support.machine import memory_of_this_machine
 from empssl_support.processes import processes, started_by_torchrun
 
 RUNS = Path("runs")
+# What is done with an encoder that is there already.
+NEED_CHECKPOINT = ("export", "nearest")
 MAY_CHANGE = ("resume", "device", "data_dir", "save_every", "export_features")
 
 
@@ -38,8 +40,10 @@ def read_settings(kind: type, presets: dict, argv: list[str] | None, description
     if settings.get("size_schedule") and "patch_size" not in typed:
         # The last size of the schedule is the one that is probed.
         settings["patch_size"] = parse_size_schedule(settings["size_schedule"])[-1][0]
+    if settings.get("nearest") is not None:
+        settings = {"dataset": "imagefolder"} | settings
     if settings.get("checkpoint"):
-        settings |= widths_of_checkpoint(typed)
+        settings |= settings_of_checkpoint(typed, settings)
     config = kind(**settings | {"device": device, "preset": preset})
     config.precision = pick_precision(config.precision, device)
     check(config)
@@ -89,19 +93,24 @@ def run_path(config) -> Path:
     return RUNS / (config.name or f"{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def widths_of_checkpoint(typed: dict) -> dict:
+def settings_of_checkpoint(typed: dict, settings: dict) -> dict:
+    """The encoder's widths and, of a folder, the size that it was trained at."""
     path = typed["checkpoint"]
-    if not (typed.get("eval_only") or typed.get("export_features")):
+    if not any(typed.get(name) for name in ("eval_only", *NEED_CHECKPOINT, "export_features")):
         raise UsageError(
-            "--checkpoint goes with --eval-only or --export-features; add the one you want."
+            "--checkpoint goes with --eval-only, --export-features, --export or --nearest; "
+            "add the one you want."
         )
-    architecture = read_encoder(path)["architecture"]
+    saved = read_encoder(path)
+    architecture = saved["architecture"]
     for name, value in architecture.items():
         if typed.get(name, value) != value:
             raise UsageError(
                 f"{path} has another architecture, its {name} is {value} and not {typed[name]}; "
                 f"leave {flag_name(name)} out."
             )
+    if settings.get("dataset") == "imagefolder" and "image_size" not in typed:
+        return architecture | {"image_size": saved["image_size"]}
     return architecture
 
 
@@ -169,8 +178,9 @@ def check(config) -> None:
         )
     if config.seed >= 2**63:
         raise UsageError(f"--seed is {config.seed}; it must lie between 0 and 2^63 - 1.")
-    if config.export_features is not None:
-        check_target(config.export_features)
+    check_target("export_features", config.export_features, (".npz", ".csv"))
+    check_target("export", config.export, (".pt2",))
+    check_purpose(config)
 
 
 def check_range(field: dataclasses.Field, value) -> None:
@@ -183,12 +193,37 @@ def check_range(field: dataclasses.Field, value) -> None:
         raise UsageError(f"{flag_name(field.name)} is {value}; it must be more than {above}.")
 
 
-def check_target(path: str) -> None:
+def check_target(name: str, path: str | None, endings: tuple[str, ...]) -> None:
+    """Refuse a file to be written in no folder, or of another kind than its ending says."""
+    if path is None:
+        return
     target = Path(path)
     if "\0" in path or target.is_dir() or not target.absolute().parent.is_dir():
         raise UsageError(
-            f"--export-features {path!r} is no file in a folder that exists; "
-            f"name one, such as features.npz."
+            f"{flag_name(name)} {path!r} is no file in a folder that exists; "
+            f"name one, such as features{endings[0]}."
+        )
+    if target.suffix.lower() not in endings:
+        raise UsageError(
+            f"{flag_name(name)} {path} ends otherwise than in {' or '.join(endings)}; name it so."
+        )
+
+
+def check_purpose(config) -> None:
+    """Refuse flags that say what to do and lack what that needs, or exclude one another."""
+    for name in NEED_CHECKPOINT:
+        if getattr(config, name) is not None and not config.checkpoint:
+            raise UsageError(
+                f"{flag_name(name)} needs an encoder; give --checkpoint the encoder.pt of a run."
+            )
+    if config.nearest is not None and config.dataset != "imagefolder":
+        raise UsageError(
+            f"--nearest looks through a folder of images, and --dataset is {config.dataset}; "
+            f"leave it out, and give the folder as --data-dir."
+        )
+    if config.plan and (config.checkpoint or config.eval_only):
+        raise UsageError(
+            "--plan is of a training; leave --checkpoint and --eval-only out, or --plan."
         )
 
 

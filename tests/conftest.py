@@ -1,3 +1,6 @@
+import empssl_support  # noqa: F401  (before torch: it says how torch's idle threads are to wait)
+
+# isort: split
 import pytest
 import torch
 from hypothesis import settings

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import shutil
 import tarfile
 import urllib.error
@@ -13,7 +14,8 @@ import torchvision
 
 from empssl import main
 from empssl_support.cli import UsageError
-from empssl_support.data import DATASETS, load_dataset, to_device
+from empssl_support.data import DATASETS, load_dataset, survey, to_device
+from empssl_support.images import CACHE, decode_once, is_decoded, look_only, walk
 from test_images import brightness, picture
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -45,6 +47,7 @@ def test_labelled_folder(folder):
     assert data.classes == ["cat", "dog"]
     names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
     assert data.files == [str(folder / "train" / name) for name in names]
+    assert data.test_files == [str(folder / "test" / name / "t.png") for name in ("cat", "dog")]
 
 
 def test_image_size(folder):
@@ -304,6 +307,60 @@ def test_a_subset_of_a_folder_keeps_the_files_of_its_images(folder):
     assert rows == sorted(rows)
     assert torch.equal(some.train_images, whole.train_images[rows])
     assert torch.equal(some.train_labels, whole.train_labels[rows])
+
+
+# ---- counting, without decoding ----
+
+
+def listing(root):
+    return sorted(str(path) for path in root.rglob("*"))
+
+
+@pytest.mark.parametrize("how", [{}, {"image_size": 12}])
+def test_a_survey_counts_as_loading_does_and_writes_nothing(how, folder, in_tmp):
+    before = listing(in_tmp)
+    seen = survey("imagefolder", folder, **how)
+    assert listing(in_tmp) == before
+    data = load_dataset("imagefolder", folder, **how)
+    for ours, theirs in zip(seen, data, strict=True):
+        if isinstance(theirs, torch.Tensor) and theirs.dtype == torch.uint8:
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        elif isinstance(theirs, torch.Tensor):
+            assert torch.equal(ours, theirs)
+        else:
+            assert ours == theirs
+    few = survey("imagefolder", folder, subset=4)
+    assert len(few.train_images) == len(few.train_labels) == 4 and len(few.files) == 6
+
+
+def test_whether_images_are_decoded_is_known_without_reading_them(in_tmp):
+    folder = in_tmp / "five"
+    for i in range(5):
+        picture(folder / f"{i}.png", 10 * i)
+    files = {"train": walk(folder), "test": []}
+    _, key = look_only(folder, files, None)
+    assert not is_decoded(key) and not CACHE.exists()
+    _, same = decode_once(folder, files, None)
+    assert same == key and is_decoded(key)
+    picture(folder / "0.png", 11)
+    os.utime(folder / "0.png", (1, 1))
+    splits, key = look_only(folder, files, None)
+    assert not is_decoded(key)
+    assert splits["train"].images.shape == (5, 3, 30, 30) and splits["test"].images is None
+    with pytest.raises(UsageError, match="There are no images in"):
+        look_only(folder, {"train": [], "test": []}, 8)
+
+
+def test_a_survey_of_cifar_downloads_nothing(monkeypatch, in_tmp):
+    def no_source(*_, **__):
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_source)
+    data = survey("cifar100", "data", subset=30_000)
+    assert data.train_images.shape == (30_000, 3, 32, 32) and len(data.classes) == 100
+    assert data.test_images.shape == (10_000, 3, 32, 32) and listing(in_tmp) == []
+    with pytest.raises(UsageError, match="--image-size"):
+        survey("cifar10", "data", image_size=64)
 
 
 @pytest.mark.parametrize("wrong", [0, 10_001])

@@ -19,6 +19,7 @@ from recipes import SHAPES, TINY, plain_folder, small_encoder
 RUNS = Path("runs")
 ACCURACIES = ("linear_top1", "linear_top5", "quadrants_top1", "knn_top1")
 BEFORE = ("untrained_knn_top1", "raw_pixels_knn_top1")
+SCORE = ("effective_rank", "neighbours_kept")
 whole_runs = pytest.mark.usefixtures("in_tmp", "short_runs")
 
 
@@ -243,8 +244,12 @@ def test_a_run_and_its_record():
     assert "raw_pixels_top1" not in record  # it stands beside the untrained encoder alone
     assert record["patches_seen"] == 2 * 60 * 3 and record["train_seconds"] > 0
     assert record["device"].startswith("cpu") and record["R"] > 0 and 0 < record["D"] <= 1
-    epochs = [r["epoch"] for r in records(RUNS / "demo") if "holdout_knn_top1" in r]
-    assert epochs == [1, 2]
+    epochs = [r for r in records(RUNS / "demo") if "holdout_knn_top1" in r]
+    assert [r["epoch"] for r in epochs] == [1, 2]
+    last = {key: record[key] for key in SCORE}
+    assert {key: epochs[1][key] for key in SCORE} == last
+    assert all(1 <= r["effective_rank"] <= 16.01 and 0 <= r["neighbours_kept"] <= 1 for r in epochs)
+    assert epochs[0]["effective_rank"] != record["effective_rank"]
     saved = np.load(RUNS / "demo" / "test_features.npz")
     assert saved["test_features"].shape == (40, 16) and saved["test_labels"].shape == (40,)
 
@@ -295,9 +300,13 @@ def test_a_saved_encoder_probes_to_the_same_figures():
     assert again["checkpoint"] == encoder and "train_seconds" not in again
     untrained = main([*SHAPES, "--name", "untrained", "--eval-only"])
     assert untrained["knn_top1"] == trained["untrained_knn_top1"]
+    assert untrained["effective_rank"] == trained["untrained_effective_rank"]
+    assert {key: again[key] for key in SCORE} == {key: trained[key] for key in SCORE}
+    assert again["untrained_effective_rank"] == trained["untrained_effective_rank"]
     assert untrained["raw_pixels_knn_top1"] == trained["raw_pixels_knn_top1"]
     assert 0 <= untrained["raw_pixels_top1"] <= 1
-    assert not {"checkpoint", "train_seconds", "untrained_knn_top1"} & untrained.keys()
+    of_a_trained_one = {"checkpoint", "train_seconds", "untrained_knn_top1"}
+    assert not (of_a_trained_one | {"untrained_effective_rank"}) & untrained.keys()
     images = empssl.load_dataset("shapes").test_images
     saved = np.load("runs/demo/test_features.npz")["test_features"]
     features = embed(empssl.load(encoder), images, 4).numpy()
@@ -308,7 +317,12 @@ def test_a_saved_encoder_probes_to_the_same_figures():
 def test_plain_images_train_and_save_features(in_tmp, capsys):
     plain_folder(in_tmp / "plain")
     record = main(["--dataset", "imagefolder", "--data-dir", "plain", *TINY, "--name", "plain"])
-    assert "nothing is probed" in capsys.readouterr().out and "linear_top1" not in record
+    said = capsys.readouterr().out
+    assert "nothing is probed" in said and "linear_top1" not in record
+    assert {*SCORE, "untrained_effective_rank"} <= record.keys()
+    assert f"effective rank {record['effective_rank']:.1f} (of the untrained encoder" in said
+    (epoch,) = [r for r in records(RUNS / "plain")[:-1] if "effective_rank" in r]
+    assert epoch["epoch"] == 1 and "untrained_effective_rank" not in epoch
     saved = np.load("runs/plain/features.npz")
     assert saved["train_features"].shape == (30, 16) and saved["files"][3].endswith("03.png")
     assert (RUNS / "plain" / "encoder.pt").exists()

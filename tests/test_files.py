@@ -1,5 +1,6 @@
 """Files are whole or not at all, and what is read may lie."""
 
+import csv
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from empssl_support.files import (
     read_encoder,
     save_encoder,
     write_features,
+    write_table,
     write_text,
     write_whole,
 )
@@ -56,6 +58,27 @@ def test_features_are_arrays_by_name_and_none_is_left_out():
     saved = np.load("f.npz")
     assert set(saved) == {"features", "files"} and saved["files"].tolist() == ["a", "b"]
     assert np.array_equal(saved["features"], features)
+
+
+def test_a_table_is_read_as_it_was_written():
+    rows = [["a,b\n.png", 'say "c"', 1.5], ["\udcff.png", "é", -2]]
+    write_table(Path("t.csv"), ["file", "label", "x"], rows)
+    with open("t.csv", newline="", encoding="utf-8") as file:
+        head, *found = csv.reader(file)
+    assert head == ["file", "label", "x"]
+    assert found == [["a,b\n.png", 'say "c"', "1.5"], ["\\udcff.png", "é", "-2"]]
+
+
+def test_an_encoder_remembers_the_size_of_its_images(good_checkpoint):
+    encoder = small_encoder()
+    encoder.image_size = 50
+    save_encoder(Path("own.pt"), encoder)
+    assert read_encoder("own.pt")["image_size"] == empssl.load("own.pt").image_size == 50
+    # Files of before do not say it: patches of 16 are cut in their own size from images of 32.
+    content = torch.load("own.pt", weights_only=True)
+    del content["image_size"]
+    torch.save(content, "old.pt")
+    assert empssl.load("old.pt").image_size == 32
 
 
 @pytest.fixture
@@ -101,6 +124,8 @@ def test_any_bytes_as_an_encoder(data, good_checkpoint):
         {"architecture": ARCHITECTURE | {"hidden": 17}},
         {"architecture": {"epochs": 5}},
         {"architecture": []},
+        {"image_size": True},
+        {"image_size": -5},
         {"weights": []},
         {"weights": {}},
         {"weights": {"represent.0.weight": "text"}},

@@ -72,6 +72,7 @@ def flags():
 @example(arguments=["--eval-patches", "100000000000000000000"])
 @example(arguments=["--export-features", ""])
 @example(arguments=["--export-features", "runs"])
+@example(arguments=["--plan"])
 @example(arguments=["--name", "a" * 300])
 @example(arguments=["--resume", "\0"])
 @example(arguments=["--report", "\0"])
@@ -115,18 +116,20 @@ HONEST |= {"drop_last_stage": False}
         {"architecture": HONEST | {"patch_size": 0}},
         {"architecture": HONEST | {"drop_last_stage": True}},
         {"architecture": {"epochs": 5}},
+        {"image_size": 0},
+        {"image_size": "32"},
         {"weights": {}},
         {"weights": {"represent.0.weight": torch.zeros(3)}},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("what_for", ["--eval-only", "--export-features features.npz"])
+@pytest.mark.parametrize("what_for", ["--eval-only", "--export-features f.npz", "--export e.pt2"])
 def test_a_checkpoint_that_lies_is_refused_before_anything_is_written(change, what_for, capsys):
     save_encoder(Path("good.pt"), small_encoder())
     torch.save(torch.load("good.pt", weights_only=True) | change, "odd.pt")
     plain = "--dataset shapes --subset 60 --preset laptop --device cpu --checkpoint odd.pt"
     assert ends_well_or_in_a_sentence([*plain.split(), *what_for.split()], capsys) == 2
-    assert not Path("features.npz").exists() and not [*Path("runs").glob("[!.]*")]
+    assert not [*Path().glob("*.npz"), *Path().glob("*.pt2")] and not [*Path("runs").glob("[!.]*")]
 
 
 # ---- numbers ----

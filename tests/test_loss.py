@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from empssl import coding_rate, empssl_loss, invariance
+from empssl import coding_rate, collapsed_rate, empssl_loss, invariance
 from empssl_support.ops import logdet_spd_ref
 
 
@@ -156,6 +156,16 @@ def test_any_leading_dimensions_a_scale_and_a_value_a_matrix(leading, b, d):
     if 0 not in leading:
         torch.testing.assert_close(coding_rate(z, scale=0.7), expected.mean())
         torch.testing.assert_close(coding_rate(z, scale=d / (b * 0.3)), coding_rate(z, 0.3))
+
+
+@pytest.mark.parametrize("b,d,eps2", [(5, 8, 0.2), (9, 4, 0.5)])
+def test_no_batch_has_a_smaller_rate_than_a_collapsed_one(b, d, eps2):
+    least = collapsed_rate(d, eps2)
+    same = unit(1, 1, d).expand(2, b, d)
+    assert coding_rate(same, eps2).item() == pytest.approx(least, rel=1e-5)
+    assert least == pytest.approx(math.log(1 + d / eps2) / 2)
+    nearly = F.normalize(same + 0.1 * torch.randn(2, b, d), dim=-1)
+    assert coding_rate(nearly, eps2) > 1.01 * least
 
 
 def test_another_reduction_is_refused():

@@ -163,3 +163,35 @@ def test_the_commit_is_unknown_outside_git_and_without_it(tmp_path, monkeypatch)
     assert machine.commit() == "unknown"
     monkeypatch.setenv("PATH", "")
     assert machine.commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    "given,turns",
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+    ids=["by default", "chosen by the user", "a policy of the user's"],
+)
+def test_idle_threads_sleep_unless_the_user_says_otherwise(given, turns):
+    """It is in the environment by the time that torch is imported."""
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import empssl\n"
+    )
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | given,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[0] == str(turns)

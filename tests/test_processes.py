@@ -74,6 +74,18 @@ def wait_for(path, process, seconds=100):
         time.sleep(0.02)
 
 
+def assert_same(ours, alone):
+    """Tensors, or nested lists of them: within a hundred thousandth of each one's largest number.
+
+    Not of each number: a gradient that sums to almost nothing has the rounding of what it sums.
+    """
+    if isinstance(alone, list):
+        for one, other in zip(ours, alone, strict=True):
+            assert_same(one, other)
+    else:
+        assert (ours - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
     started = torchrun(ROOT / "tests" / "two_processes.py", tmp_path)
     output = started.communicate(timeout=100)[0]
@@ -83,7 +95,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
     for ours in both:
         assert ours["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         for name in ("gradients", "weights", "features"):
-            torch.testing.assert_close(ours[name], alone[name], rtol=1e-5, atol=1e-6)
+            assert_same(ours[name], alone[name])
         assert ours["knn"] == alone["knn"]
     for step, patches in enumerate(alone["patches"]):  # (3*8, 3, 16, 16): each cut half the images
         halves = [ours["patches"][step].unflatten(0, (3, 4)) for ours in both]

@@ -75,7 +75,7 @@ def test_a_run_leaves_its_page(capsys):
         assert f"{100 * record[key]:.1f} %" in part(text, "figures")
     for key in ("untrained_knn_top1", "raw_pixels_knn_top1"):
         assert f"<td>{100 * record[key]:.1f} %</td>" in part(text, "figures")
-    assert part(text, "curves").count('<svg role="img" aria-label="') == 3
+    assert part(text, "curves").count('<svg role="img" aria-label="') == 4
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
 
 
@@ -164,7 +164,7 @@ def test_images_without_labels(in_tmp):
     of_plain_images("plain")
     text = page()
     assert parts(text) == PARTS and "of the folder plain" in text
-    assert part(text, "curves").count("<svg") == 2
+    assert part(text, "curves").count("<svg") == 3
     rows = part(text, "neighbours")
     assert rows.count("after training") == 12 and "same" not in re.findall('class="(.*?)"', rows)
     assert "07.png and copy?.png, 1.000" in part(text, "duplicates")
@@ -178,13 +178,13 @@ def test_of_many_images_some_are_shown(in_tmp, monkeypatch):
     monkeypatch.setattr(empssl, "shown_in_report", lambda N, config: some)
     plain_folder(in_tmp / "plain")
     seen = []
-    embed = empssl.embed
+    features = empssl.features
 
-    def watched(encoder, images, *arguments, **settings):
+    def watched(encoder, images, config):
         seen.append(len(images))
-        return embed(encoder, images, *arguments, **settings)
+        return features(encoder, images, config)
 
-    monkeypatch.setattr(empssl, "embed", watched)
+    monkeypatch.setattr(empssl, "features", watched)
     of_plain_images("plain")
     kept, whole = np.load("runs/demo/report.npz"), np.load("runs/demo/features.npz")
     assert seen == [30, 4]  # after training all of them, before it those that are shown

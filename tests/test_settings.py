@@ -107,6 +107,18 @@ MISTAKES = [
     ("--eval-only --checkpoint good.pt --backbone resnet18", "another architecture"),
     ("--eval-only --checkpoint odd.pt", "another architecture"),
     ("--export-features no/such/folder/f.npz", "--export-features"),
+    ("--export-features f.txt", "ends otherwise than in .npz or .csv"),
+    ("--export e.onnx --checkpoint good.pt", "ends otherwise than in .pt2"),
+    ("--export e.pt2", "--export needs an encoder"),
+    ("--export e.pt2 --checkpoint foreign.pt", "foreign.pt is no encoder"),
+    ("--nearest q.png", "--nearest needs an encoder"),
+    ("--nearest q.png --checkpoint good.pt", "--dataset is shapes"),
+    ("--plan --eval-only", "--plan is of a training"),
+    ("--plan --batch 61", "--batch 61 is larger"),
+    ("--plan --subset 81", "between 1 and the 80"),
+    ("--plan --patches 1", "--patches is 1"),
+    ("--plan --dataset cifar10 --image-size 64", "--image-size"),
+    ("--plan --dataset imagefolder --data-dir empty", "no images in empty"),
     ("--size-schedule 16:0.5,8", "sides and shares"),
     ("--size-schedule 16:0.5,8:0.4", "sum to 1"),
     ("--size-schedule 16:0.5,64:0.5", "larger than the 32x32 images"),
@@ -137,6 +149,18 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(arguments, sentence, in_tm
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and sentence in error and "Traceback" not in error
     assert not os.path.exists("runs") or not [p for p in os.listdir("runs") if p[0] != "."]
+
+
+def test_a_folder_has_the_size_that_its_encoder_was_trained_at(in_tmp):
+    encoder = small_encoder()
+    encoder.image_size = 40
+    save_encoder(in_tmp / "good.pt", encoder)
+    with_it = ["--eval-only", "--checkpoint", "good.pt"]
+    assert settings("--dataset", "imagefolder", *with_it).image_size == 40
+    assert settings("--dataset", "imagefolder", *with_it, "--image-size", "50").image_size == 50
+    assert settings("--dataset", "shapes", *with_it).image_size is None
+    searched = settings("--nearest", "q.png", "--checkpoint", "good.pt")
+    assert (searched.dataset, searched.image_size) == ("imagefolder", 40)
 
 
 # ---- a run that goes on ----
@@ -224,7 +248,7 @@ def test_the_first_lines_say_what_is_to_come(capsys):
     assert "preset laptop on cpu, float32: 60 images of 32x32" in said
     assert "12 steps, 720 patches of 16x16 to come" in said
     assert "extract_patches: " in said and "logdet_spd: " in said
-    assert "written to runs/demo; to draw it: " in said and "--report runs/demo" in said
+    assert "written to runs/demo\n" in said
 
 
 def test_ops_says_which_implementation_and_stops(in_tmp, capsys):
