@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash reproduce.sh            set up, train, probe, draw: CIFAR-10 if it is there or can be downloaded, else shapes
 # bash reproduce.sh test       set up, check the style, run the tests
-# bash reproduce.sh test-long  the same with the tests that take minutes, sanitizers, and the oldest PyTorch supported
+# bash reproduce.sh test-long  the same with the tests that take minutes, sanitizers, and the wheel on the oldest PyTorch supported
 # bash reproduce.sh gpu        on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark, a step's parts
 # bash reproduce.sh cifar10|cifar100|tinyimagenet|imagenet100    the paper's tables: 1, 10, 30 epochs of 20 and 200 patches
 # bash reproduce.sh laptop|peers|transfer    the other tables; all of them go on where they were cut off (--help says more)
@@ -66,7 +66,7 @@ test-long)
     "$PY" -m ruff check
     "$PY" -m pytest -m "slow or not slow"
     bash tests/sanitize.sh "$PY"
-    bash tests/other_torch.sh "$PY"
+    bash tests/oldest.sh "$PY"
     ;;
 gpu)
     setup dev pytest pytest_timeout hypothesis pybind11 ninja setuptools
