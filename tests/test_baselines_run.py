@@ -155,7 +155,7 @@ def test_they_run_in_one_process(data, monkeypatch):
 
 
 def test_the_command(in_tmp):
-    """`python -m study.baselines`, on a folder of images, and what it says of going on."""
+    """`python -m study.baselines`, on a folder of images, and what it leaves."""
     for number, pixels in enumerate(torch.randint(256, (24, 32, 32, 3), dtype=torch.uint8)):
         Image.fromarray(pixels.numpy()).save(f"{number}.png")
     folder = ["--dataset", "imagefolder", "--data-dir", ".", "--subset", "24", "--name", "a"]
@@ -166,7 +166,7 @@ def test_the_command(in_tmp):
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "python -m study.baselines --report runs/a" in ran.stdout
+    assert "written to runs/a\ndrawn: runs/a/report.html" in ran.stdout
     assert "RuntimeWarning" not in ran.stderr
 
 
