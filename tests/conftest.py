@@ -7,6 +7,7 @@ from hypothesis import settings
 
 import empssl
 from empssl_support import data
+from recipes import picture
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
@@ -24,6 +25,15 @@ def in_tmp(tmp_path, monkeypatch):
     """Runs write to runs/ below the current folder: give each test its own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def folder(in_tmp):
+    """Five images; each one's brightness names it."""
+    root = in_tmp / "images"
+    for i in range(5):
+        picture(root / f"{i}.png", 10 * i)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,11 @@ TINY = (
 SHAPES = ["--dataset", "shapes", "--subset", "60", *TINY]
 
 
+def picture(path, value=0, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size[1], size[0], 3), value, np.uint8)).save(path)
+
+
 def small_encoder(hidden=16, dim=8):
     return empssl.Encoder("small", 16, hidden=hidden, projector=16, dim=dim)
 

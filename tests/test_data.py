@@ -16,7 +16,8 @@ from empssl import main
 from empssl_support.cli import UsageError
 from empssl_support.data import DATASETS, load_dataset, survey, to_device
 from empssl_support.images import CACHE, decode_once, is_decoded, look_only, walk
-from test_images import brightness, picture
+from recipes import picture
+from test_images import brightness
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 

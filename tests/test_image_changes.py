@@ -15,19 +15,11 @@ from hypothesis import strategies as st
 from empssl_support import images
 from empssl_support.cli import UsageError
 from empssl_support.images import CACHE, decode_once, open_cache, walk
-from test_images import brightness, decode, picture
+from recipes import picture
+from test_images import brightness, decode
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def folder(in_tmp):
-    """Five images; each one's brightness names it."""
-    root = in_tmp / "images"
-    for i in range(5):
-        picture(root / f"{i}.png", 10 * i)
-    return root
 
 
 @pytest.fixture

@@ -9,13 +9,9 @@ from PIL import Image, JpegImagePlugin
 
 from empssl_support.cli import UsageError
 from empssl_support.images import CACHE, decode_once, read_image, walk
+from recipes import picture
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-
-
-def picture(path, value=0, size=(40, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size[1], size[0], 3), value, np.uint8)).save(path)
 
 
 def brightness(pixels):
@@ -29,15 +25,6 @@ def decode(folder, size=None):
     assert splits["test"].images is None
     found, rows = splits["train"]
     return found, [files[row].name for row in rows]
-
-
-@pytest.fixture
-def folder(in_tmp):
-    """Five images; each one's brightness names it."""
-    root = in_tmp / "images"
-    for i in range(5):
-        picture(root / f"{i}.png", 10 * i)
-    return root
 
 
 # ---- finding files ----
