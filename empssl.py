@@ -119,7 +119,9 @@ class Config:
     hidden: int = flag(4096, "width of the representation, the features that are probed", least=1)
     projector: int = flag(4096, "width between the representation and the embedding", least=1)
     dim: int = flag(1024, "d, width of the embedding", least=1)
-    optimizer: str = flag("lars", "what updates the weights", choices=("lars", "sgd", "adamw"))
+    optimizer: str = flag(
+        "lars", "what updates the weights", choices=("lars", "muon", "sgd", "adamw")
+    )
     lr: float = flag(0.3, "learning rate at the start", above=0)
     weight_decay: float = flag(1e-4, "weight decay; with LARS not of biases and BatchNorm", least=0)
     eta: float = flag(0.005, "trust coefficient of LARS", least=0)
@@ -374,6 +376,11 @@ class Encoder(nn.Module):
         z = self.project(self.representation(x))
         return F.normalize(at_least_float32(z), dim=-1)  # (P, d)
 
+    def matrices(self) -> list[Tensor]:
+        """The weights of two dimensions up to the representation: what Muon updates."""
+        layers = [*self.backbone.parameters(), *self.represent.parameters()]
+        return [p for p in layers if p.ndim == 2]
+
     def features(self, images) -> Tensor:
         """The bags of patches of your own images, `(N, hidden)` float32 on the CPU.
 
@@ -567,16 +574,19 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def update(self, p: Tensor, group: dict) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        g = p.grad
+        lr, g = group["lr"], p.grad
         if p.ndim != 1:
             g = self.scaled(p, g, lr, group["weight_decay"], group["eta"])
+        p.sub_(lr * self.with_momentum(p, g, group["momentum"]))
+
+    def with_momentum(self, p: Tensor, g: Tensor, momentum: float) -> Tensor:
+        """Nesterov's: the gradient, and beside it the velocity to which it has been added."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(g)
         velocity = state["momentum_buffer"]
         velocity.mul_(momentum).add_(g)
-        p.sub_(lr * (g + momentum * velocity))  # Nesterov
+        return g + momentum * velocity
 
     @staticmethod
     def scaled(p: Tensor, g: Tensor, lr: float, weight_decay: float, eta: float) -> Tensor:
@@ -586,8 +596,55 @@ class LARS(torch.optim.Optimizer):
         return torch.where((p_norm > 0) & (g_norm > 0), scaled, g)
 
 
-def new_optimizer(config: Config, parameters: list[Tensor]) -> torch.optim.Optimizer:
+class Muon(LARS):
+    """Muon for the matrices that it is given, LARS for all else; not the paper's.
+
+    Of a matrix p with gradient g (Jordan et al., kellerjordan.github.io/posts/muon):
+
+        v <- momentum v + g
+        p <- p - lr / 6 max(1, rows / columns)^(1/2) orthogonal(g + momentum v)
+
+    A gradient's few strong directions would drown the others; here a step goes as far in each of
+    them. The sixth makes one learning rate suit both rules. Matrices have no decay.
+    """
+
+    def __init__(self, params, matrices: list[Tensor], **settings):
+        super().__init__(params, **settings)
+        self.matrices = set(matrices)
+
+    def update(self, p: Tensor, group: dict) -> None:
+        if p not in self.matrices:
+            super().update(p, group)
+            return
+        step = self.with_momentum(p, p.grad, group["momentum"])
+        rows, columns = p.shape
+        p.sub_(group["lr"] / 6 * math.sqrt(max(1, rows / columns)) * orthogonal(step))
+
+
+def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T, where G = U S V^T: the same matrix with singular values near 1.
+
+    By Newton-Schulz iteration: each step replaces a singular value x by a x + b x^3 + c x^5, which
+    drives all of (0, 1] towards 1. With these constants small ones rise fast, and end in about
+    [0.7, 1.2].
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    rows, columns = G.shape
+    X = G.T if rows > columns else G  # so that X X^T is the smaller product
+    X = X / (X.norm() + 1e-7)
+    for _ in range(steps):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.T if rows > columns else X
+
+
+def new_optimizer(
+    config: Config, parameters: list[Tensor], matrices: list[Tensor] = ()
+) -> torch.optim.Optimizer:
+    """What updates the parameters; `matrices` are those among them that Muon treats as its own."""
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        return Muon(parameters, matrices, eta=config.eta, **common)
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
     if config.optimizer == "adamw":
@@ -629,7 +686,8 @@ def train(
     mine = share(b)  # of a batch's images, where several processes share it
 
     objective = objective or Objective(config.lam, config.eps2)
-    optimizer = new_optimizer(config, [*encoder.parameters(), *objective.parameters()])
+    parameters = [*encoder.parameters(), *objective.parameters()]
+    optimizer = new_optimizer(config, parameters, encoder.matrices())
     run = run or Run()
     first = run.restore(encoder=encoder, optimizer=optimizer, objective=objective)
     model = distribute(encoder, config.compile)

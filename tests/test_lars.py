@@ -1,11 +1,12 @@
-"""LARS against a literal transcription of its rule."""
+"""LARS and Muon against a literal transcription of their rules."""
 
 import math
 
 import pytest
 import torch
 
-from empssl import LARS, cosine
+from empssl import LARS, Muon, cosine, orthogonal
+from recipes import small_encoder
 
 
 def literal_step(p, g, buffer, lr, momentum=0.9, decay=1e-4, eta=0.005):
@@ -88,3 +89,77 @@ def test_cosine():
     assert cosine(0.3, 5, 10) == pytest.approx(0.15)
     assert cosine(0.3, 10, 10) == pytest.approx(0)
     assert cosine(0.3, 1, 4) == pytest.approx(0.3 / 2 * (1 + math.sqrt(0.5)))
+
+
+# ---- Muon ----
+
+
+def polar(G):
+    """U V^T by a singular value decomposition."""
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    return U @ Vh
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 6), (64, 64)])
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape, scale):
+    torch.manual_seed(0)
+    G = scale * torch.randn(shape, dtype=torch.float64)
+    even = orthogonal(G, steps=8)
+    sigma = torch.linalg.svdvals(even)
+    assert sigma.min() > 0.6 and sigma.max() < 1.25
+    # The singular vectors are G's: what is left of it in G's own basis is diagonal.
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    inside = U.T @ even @ Vh.T
+    off = inside - torch.diag(inside.diagonal())
+    assert off.abs().max() < 1e-6 and (inside.diagonal() > 0.6).all()
+    assert torch.allclose(even, polar(G), atol=0.4)
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    p = torch.nn.Parameter(torch.randn(3, 4))
+    before = p.detach().clone()
+    p.grad = torch.zeros(3, 4)
+    Muon([p], [p]).step()
+    assert torch.equal(p.detach(), before)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muon_follows_its_rule(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape, dtype=torch.float64)
+    p = torch.nn.Parameter(start.clone())
+    optimizer = Muon([p], [p], lr=0.3, momentum=0.9, weight_decay=0.5)
+    expected, velocity = start.clone(), torch.zeros(shape, dtype=torch.float64)
+    for _ in range(4):
+        p.grad = torch.randn(shape, dtype=torch.float64)
+        optimizer.step()
+        velocity = 0.9 * velocity + p.grad
+        length = 0.05 * max(1, shape[0] / shape[1]) ** 0.5
+        expected = expected - length * orthogonal(p.grad + 0.9 * velocity)
+    torch.testing.assert_close(p.detach(), expected)
+
+
+def test_what_is_not_among_muons_matrices_has_lars():
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((6, 4), (4,), (3, 2, 3, 3), (5, 5))]
+    gradients = [torch.randn_like(p) for p in start]
+    ends = []
+    for new in (lambda ps: LARS(ps, lr=0.1), lambda ps: Muon(ps, [ps[0]], lr=0.1)):
+        ps = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = new(ps)
+        for _ in range(3):
+            for p, g in zip(ps, gradients):
+                p.grad = g.clone()
+            optimizer.step()
+        ends.append([p.detach() for p in ps])
+    assert not torch.equal(ends[0][0], ends[1][0])
+    assert all(torch.equal(lars, muon) for lars, muon in zip(ends[0][1:], ends[1][1:]))
+
+
+def test_an_encoders_matrices_end_with_its_representation():
+    encoder = small_encoder()
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    chosen = [names[id(p)] for p in encoder.matrices()]
+    assert "represent.0.weight" in chosen and not any("project" in name for name in chosen)
+    assert len(chosen) == 5  # four products of matrices in the backbone

@@ -180,7 +180,13 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name,kind", [("lars", empssl.LARS), ("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
+    "name,kind",
+    [
+        ("lars", empssl.LARS),
+        ("muon", empssl.Muon),
+        ("sgd", torch.optim.SGD),
+        ("adamw", torch.optim.AdamW),
+    ],
 )
 def test_optimizers(name, kind):
     p = torch.nn.Parameter(torch.ones(2, 2))

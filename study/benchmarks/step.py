@@ -32,7 +32,8 @@ def seconds_of_parts(config: empssl.Config, encoder, images: torch.Tensor) -> li
     dtype = empssl.dtype_of_patches(config.precision)
     augmentation = empssl.training_augmentation(config, (32, 32))
     objective = empssl.Objective(config.lam, config.eps2)
-    optimizer = empssl.new_optimizer(config, list(encoder.parameters()))
+    parameters = list(encoder.parameters())
+    optimizer = empssl.new_optimizer(config, parameters, encoder.matrices())
     model = distribute(encoder, config.compile)
     times = []
 
