@@ -14,7 +14,7 @@ from empssl_support.settings import check_sizes
 from recipes import plain_folder
 from study.baselines.common import views
 from study.benchmarks import ops, pipelines, step
-from study.experiments import laptop, paper, peers, records, runs, tables, transfer
+from study.experiments import laptop, paper, peers, records, runs, search, tables, transfer
 from study.experiments.runs import Recipe
 
 CPU = torch.device("cpu")
@@ -447,3 +447,43 @@ def test_transfer_between_two_folders_runs_once_and_keeps_its_records(in_tmp, mo
     assert all(r["command"].startswith("python empssl.py ") for r in found.values())
     monkeypatch.setattr(runs, "run", lambda command: pytest.fail("it ran again"))
     transfer.main(command)
+
+
+# ---- tries for the preset ----
+
+
+def labelled_images(folder, each=8):
+    for part, count in (("train", each), ("test", 3)):
+        for of_class in ("cat", "dog"):
+            plain_folder(folder / part / of_class, count)
+    return folder
+
+
+def test_tries_see_training_images_alone_and_none_twice(in_tmp):
+    folder = labelled_images(in_tmp / "photos")
+    split = search.holdout(folder, train=4, test=2)
+    assert search.holdout(folder, train=4, test=2) == split  # again, as it is there
+    for of_class in ("cat", "dog"):
+        seen = {part: sorted((split / part / of_class).iterdir()) for part in ("train", "test")}
+        assert [len(files) for files in seen.values()] == [4, 2]
+        originals = [file.resolve() for files in seen.values() for file in files]
+        assert len(set(originals)) == 6
+        assert all(file.parent == folder / "train" / of_class for file in originals)
+
+
+def test_too_few_images_for_tries_are_a_sentence(in_tmp):
+    with pytest.raises(UsageError, match="has 8 images; the tries need 9"):
+        search.holdout(labelled_images(in_tmp / "photos"), train=6, test=3)
+
+
+def test_tries_are_the_presets_with_one_thing_changed(in_tmp, monkeypatch):
+    started = []
+    monkeypatch.setattr(search, "start_all", started.extend)
+    monkeypatch.setattr(search, "holdout", lambda folder: in_tmp)
+    search.main(["--seeds", "1"])
+    assert [recipe.name for recipe in started] == [f"try-{name}" for name in search.TRIES]
+    settings = {recipe.name: recipe.settings() for recipe in started}
+    assert settings["try-lars"].optimizer == "lars" and settings["try-muon"].optimizer == "muon"
+    assert all(0 < recipe.about["predicted"] < 1 for recipe in started)
+    with pytest.raises(UsageError, match="There is no try sideways"):
+        search.main(["sideways"])
