@@ -6,7 +6,7 @@ import torch
 from hypothesis import settings
 
 import empssl
-from empssl_support import data
+from empssl_support import data, report
 from recipes import picture
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -18,6 +18,13 @@ def as_a_user_has_it(monkeypatch):
     torch.manual_seed(0)
     # It hides what is lost when a buffer cannot be written.
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch):
+    """Drawing a run's page takes longer than such small runs do; test_report*.py draw them."""
+    if not request.path.name.startswith("test_report"):
+        monkeypatch.setattr(report, "write_at_the_end", lambda run: None)
 
 
 @pytest.fixture
