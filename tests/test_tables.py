@@ -168,6 +168,18 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
     assert shapes == "| shapes |  | 0.900 |  | 0.800 |  | 1 epoch, 60 s | abacus | 1 |"
 
 
+def test_tries_stand_beside_what_was_expected_and_are_no_result(results):
+    for seed, value in enumerate((0.5, 0.7)):
+        metrics = {"linear_top1": value, "quadrants_top1": 0.7, "knn_top1": 0.4}
+        run = a_record("try-muon", seed, **metrics, patches_seen=240_000) | {"predicted": 0.65}
+        records.keep("laptop", run)
+    assert tables.result() == ""
+    *_, row = tables.laptop_tries().splitlines()
+    assert row == (
+        "| muon | 0.650 | 0.600 ± 0.141 | 0.700 ± 0.000 | 0.400 ± 0.000 | 240,000 | 2 |"
+    )
+
+
 def test_at_equal_seconds_a_method_has_its_longer_runs(results):
     """EMP-SSL's one epoch is what the others' seconds are measured by."""
     settings = {
