@@ -225,7 +225,7 @@ class Augmentation:
         if not (rises and self.area[0] > 0 and self.area[1] <= 1 and self.ratio[0] > 0):
             raise UsageError(
                 f"a crop of area {self.area} and ratio {self.ratio} does not fit: "
-                f"both must rise, the area within (0, 1]."
+                f"give (low, high) of each, the area within (0, 1], the ratio above 0."
             )
 
     @classmethod
@@ -264,7 +264,8 @@ def sample_patches(
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
-    # Uniform numbers, an (n, b) for each of the fifteen choices below, and one to spare.
+    # Uniform numbers, an (n, b) for each of the fifteen choices below. The sixteenth is not used:
+    # without it every seed would draw other patches than it used to.
     chance = iter(torch.rand(16, n, b, generator=generator))
 
     def uniform(low: float, high: float) -> Tensor:
@@ -348,7 +349,7 @@ class Encoder(nn.Module):
             "dim": dim,
             "drop_last_stage": drop_last_stage,
         }
-        self.image_size = 2 * patch_size  # of what it is trained on, in pixels; see new_encoder
+        self.image_size = 2 * patch_size  # a guess; new_encoder and load set what it is trained on
         if backbone == "resnet18":
             self.backbone, width = resnet18_backbone(patch_size, drop_last_stage)
         elif backbone == "small":
@@ -463,8 +464,8 @@ def coding_rate(
     """Total Coding Rate `R` of `z (n, b, d)`, the mean over patches, in nats (equation 2).
 
     `eps2` is the paper's epsilon squared; the official code uses its `--eps` unsquared. Computed in
-    float32 or better, whatever z is: a half-precision Gram matrix gives NaN on a nearly collapsed
-    batch. NaN where z is not finite.
+    float32 or better, whatever z is: a half-precision Gram matrix gives NaN or, more often, a wrong
+    number on a nearly collapsed batch. NaN where z is not finite.
 
     For other methods (docs/ops.md): z may have any leading dimensions, `(..., b, d)`. `scale`
     stands in the place of d / (b eps2): a number, or a tensor that expands to `(...)`, a scale a
@@ -497,8 +498,9 @@ def collapsed_rate(d: int, eps2: float = 0.2) -> float:
 def invariance(z: Tensor) -> Tensor:
     """`D` of `z (n, b, d)`: the mean cosine between a patch and the mean of its image's patches.
 
-    For unit rows it equals the mean length of those means, so it lies in [0, 1]. The mean is part
-    of the graph: there is no stop-gradient.
+    For unit rows it equals the mean length of those means, so it lies in [0, 1]. The paper writes
+    Tr(Z_i^T Z_mean); this is the cosine that its code takes. The mean is part of the graph: there
+    is no stop-gradient.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
@@ -530,7 +532,7 @@ class Objective(nn.Module):
 
 
 def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
-    """`-(R + lam * D)`, to be minimised, of `z (n, b, d)` with unit rows."""
+    """`-(R + lam * D)`, to be minimised, of `z (n, b, d)` with unit rows; as `Objective` has it."""
     return -(coding_rate(z, eps2) + lam * invariance(z))
 
 
@@ -545,8 +547,8 @@ class LARS(torch.optim.Optimizer):
         trust = eta |p| / (|g| + weight_decay |p| + 1e-8)
         g <- (g + weight_decay p) min(trust / lr, 1),   or g itself where |p| or |g| is 0
 
-    Tensors of one dimension (biases, BatchNorm) have plain SGD without decay. With the clip at 1 a
-    tensor's rate is min(trust, lr): where trust is the smaller, lr times the scaled gradient has
+    Tensors of one dimension (biases, BatchNorm) keep g as it is, without decay. With the clip at 1
+    a tensor's rate is min(trust, lr): where trust is the smaller, lr times the scaled gradient has
     about the length eta |p|, whatever |g|, and lr is only a cap.
     """
 
@@ -734,10 +736,11 @@ def embed(
     """The bag of patches: each image's representation, averaged over its patches.
 
     images `(N, 3, H, W)` uint8 -> `(N, hidden)` float32, on the encoder's device. Patches are crops
-    on an even grid or, with an `augmentation`, drawn, on a GPU others than on a CPU. Each is
-    encoded apart. With `quadrants` the grid's four quadrants are averaged apart and stand side by
-    side, `(N, 4 * hidden)`: top left, top right, bottom left, bottom right. Puts the encoder into
-    eval mode. Raises `UsageError` where `patches` makes no such grid, or no quadrants.
+    on an even grid or, with an `augmentation`, drawn (others on a GPU than on a CPU, which takes
+    fewer images at once). Each is encoded apart. With `quadrants` the grid's four quadrants are
+    averaged apart and stand side by side, `(N, 4 * hidden)`: top left, top right, bottom left,
+    bottom right. Puts the encoder into eval mode. Raises `UsageError` where `patches` makes no such
+    grid, or no quadrants.
     """
     k = math.isqrt(patches)
     if quadrants and (augmentation or k % 2):
@@ -879,7 +882,7 @@ class Features(NamedTuple):
     quadrants: Tensor | None  # (N, 4 * hidden), where the patches are on a grid of even side
 
 
-def features(encoder: Encoder, images: Tensor, config: Config) -> Features:
+def features_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Features:
     how = {"patches": config.eval_patches, "seed": config.seed, "precision": config.precision}
     if config.eval_augmentation == "train":
         augmentation = training_augmentation(config, images.shape[2:])
@@ -976,7 +979,7 @@ def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
     y = data.train_labels[rows]
     images = data.train_images[rows.to(data.train_images.device)]
     few = dataclasses.replace(config, eval_patches=min(4, config.eval_patches))
-    h = features(encoder, images, few).bag
+    h = features_to_probe(encoder, images, few).bag
     top1 = from_first(lambda: knn_probe(h[queries:], y[queries:], h[:queries], y[:queries]))
     return {"holdout_knn_top1": top1}
 
@@ -1114,7 +1117,7 @@ def results_without_labels(
 
     some = shown_in_report(len(h.bag), config)
     images = pick(data.train_images, some)
-    before = None if untrained is None else features(untrained, images, config).bag
+    before = None if untrained is None else features_to_probe(untrained, images, config).bag
     files = data.files and [data.files[row] for row in some.tolist()]
     shown = {"images": images, "features": pick(h.bag, some), "untrained": before, "files": files}
     from_first(lambda: report.keep(folder.path, **shown))
@@ -1143,8 +1146,8 @@ def results_with_labels(
         top1, _ = probe_pixels(data, linear_probe)
         record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
     else:
-        before = features(untrained, data.train_images, config).bag
-        test_before = features(untrained, data.test_images, config).bag
+        before = features_to_probe(untrained, data.train_images, config).bag
+        test_before = features_to_probe(untrained, data.test_images, config).bag
         record |= probe_without_training(before, test_before, data)
         shown["untrained"] = pick(test_before, some)
     from_first(lambda: report.keep(folder.path, **shown))
@@ -1185,9 +1188,10 @@ def features_of_splits(
     encoder: Encoder, data: Dataset, config: Config
 ) -> tuple[Features, Features | None]:
     """Features of the training and the test images; without labels there are no test images."""
-    train_h = features(encoder, data.train_images, config)
-    test_h = None if data.test_images is None else features(encoder, data.test_images, config)
-    return train_h, test_h
+    train_h = features_to_probe(encoder, data.train_images, config)
+    if data.test_images is None:
+        return train_h, None
+    return train_h, features_to_probe(encoder, data.test_images, config)
 
 
 def export_features(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
@@ -1239,7 +1243,7 @@ def keep_some_patches(
     """A few images, and twelve patches of each as training draws them: for the report."""
     some = torch.randperm(len(images), generator=generator(config.seed, "report", 0))[:6]
     if isinstance(augmentation, list):
-        augmentation = augmentation * (12 // len(augmentation))
+        augmentation = (augmentation * 12)[:12]
     chance = generator(config.seed, "report", 1)
     params = sample_patches(len(some), 12, images.shape[2:], augmentation, chance)
     x = extract_patches(images, some, params, config.patch_size)
@@ -1262,7 +1266,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def command() -> None:
-    """The console command `empssl`, which would exit with what it returned."""
+    """The console command `empssl`, whose exit code would be what it returns."""
     main()
 
 

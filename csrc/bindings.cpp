@@ -149,6 +149,7 @@ void extract_patches_gpu(uintptr_t images, std::vector<int64_t> shape, std::vect
 
 void logdet_spd_gpu(uintptr_t A, int64_t n, int64_t k, uintptr_t logdet, uintptr_t inverse, bool is_double, uintptr_t stream) {
     check_logdet(A, n, k, logdet, inverse);
+    require(n < (1ll << 31), "too many matrices for one launch");
     py::gil_scoped_release released;
     raise_on(is_double ? logdet_spd_cuda((const double*)A, n, k, (double*)logdet, (double*)inverse, (void*)stream)
                        : logdet_spd_cuda((const float*)A, n, k, (float*)logdet, (float*)inverse, (void*)stream));

@@ -46,7 +46,7 @@ static Axis make_axis(int length, int s, bool flip, float* memory) {
     return axis;
 }
 
-// Blur and vectors: out[i] = sum over t of weight[t] * in[t * stride + i].
+// Of both resizes and both blurs: out[i] = sum over t of weight[t] * in[t * stride + i].
 static inline void weighted_sum(int n, int taps, const float* weight, const float* in, int stride, float* __restrict out) {
     int i = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -65,7 +65,7 @@ static inline void weighted_sum(int n, int taps, const float* weight, const floa
 int64_t patch_scratch_floats(const PatchJob& job) {
     const int64_t s = job.s, padded = s + 2 * BLUR_RADIUS;
     const int64_t for_crop = axis_floats(job.H, s) + axis_floats(job.W, s) + MOST_LANES * (job.W + 1) + job.H * s;
-    const int64_t for_blur = padded * (s + 2);
+    const int64_t for_blur = padded * (s + 1);
     return 3 * s * s + (for_crop > for_blur ? for_crop : for_blur);
 }
 #endif
@@ -90,11 +90,12 @@ static void crop(const PatchJob& job, int64_t image, const float* p, float* plan
             for (int i = 0; i < width * LANES; ++i) columns[i] /= 255.0f;
             for (int x = 0; x < s; ++x) {
                 weighted_sum(LANES, across.count[x], across.weight + x * across.taps, columns + across.first[x] * LANES, LANES, resized);
-                for (int l = 0; l < lines; ++l) rows[(y + l) * s + x] = resized[l];
+                for (int l = 0; l < lines; ++l) rows[(int64_t)(y + l) * s + x] = resized[l];
             }
         }
         for (int y = 0; y < s; ++y)
-            weighted_sum(s, down.count[y], down.weight + y * down.taps, rows + down.first[y] * s, s, plane + (c * s + y) * s);
+            weighted_sum(s, down.count[y], down.weight + y * down.taps, rows + (int64_t)down.first[y] * s, s,
+                         plane + ((int64_t)c * s + y) * s);
     }
 }
 

@@ -1,5 +1,5 @@
 // extract_patches on a GPU: one block a patch, whose pixels stay in registers from the crop to the store; shared memory
-// serves the blur, and turns the store into whole lines. A patch whose index or crop is invalid becomes NaN: finding out
+// serves the blur, and turns the store into whole lines. A patch of invalid index, crop or order becomes NaN: finding out
 // on the host would cost a synchronisation.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,7 +23,8 @@ int threads_of(int64_t s) {
 
 int64_t shared_bytes(int64_t s) { return 3 * s * s * (int64_t)sizeof(float); }
 
-// A thread's pixels. Those beyond the patch, which the last threads have, stay black until they are left out.
+// A thread's pixels. Those beyond the patch, which the last threads have, are black until the mean grey is taken, so that
+// they add nothing to it, and are never stored.
 struct Pixels {
     float r[PIXELS], g[PIXELS], b[PIXELS];
 
@@ -46,7 +47,8 @@ struct alignas(16) Axis {
     Taps taps[LARGEST];
 };
 
-__device__ float mean_grey(const Pixels& x, int pixels) {                           // may be called once
+// Once a block, for a second call would overwrite `part` while others still read it: a patch has one contrast.
+__device__ float mean_grey(const Pixels& x, int pixels) {
     __shared__ float part[MOST_THREADS / WARP];
     float sum = 0;
 #pragma unroll
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(MOST_THREADS) extract_patches_kernel(const __g
 
 template <typename Out>
 cudaError_t launch(const PatchJob& job, cudaStream_t stream) {
-    // Allowed once and for all sizes: threads may launch different ones.
+    // To the most that any size needs, at every launch: host threads that launch different sizes do not undo each other's.
     const int64_t most = shared_bytes(extract_patches_cuda_largest());
     const cudaError_t error =
         cudaFuncSetAttribute(extract_patches_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most);

@@ -1,4 +1,5 @@
-// The arithmetic of one patch, shared by the CPU and the CUDA kernel: what the CPU tests prove, the GPU runs.
+// What the CPU and the CUDA kernel share: what a patch is, filter taps and weights, colour, the order of operations. Their
+// loops over pixels are their own.
 #pragma once
 
 #include <math.h>
@@ -23,8 +24,8 @@ EMPSSL_FN bool patch_is_valid(const float* p, int64_t H, int64_t W) {
            p[ORDER] >= 0 && p[ORDER] < 24;
 }
 
-// What is added to 2x when pixels are scaled to [-1, 1]: -1, or NaN where a factor is not finite. A GPU's saturation makes
-// a NaN 0, so that those of the factors would not arrive.
+// What is added to 2x when pixels are scaled to [-1, 1]: -1, or NaN where a factor is not finite. On a GPU clamp01 turns
+// NaN into 0, which would hide such a factor.
 EMPSSL_FN float offset_of(const float* p) {
     const float b = p[BRIGHTNESS], c = p[CONTRAST], s = p[SATURATION], h = p[HUE];
     return (b - b) + (c - c) + (s - s) + (h - h) - 1;
@@ -43,7 +44,8 @@ EMPSSL_FN float tap_step(int length, int s) { return length > s ? (float)s / (fl
 
 EMPSSL_FN float tap_weight(float start, float step, int t) { return 1 - fabsf(start + (float)t * step); }
 
-// Places are whole numbers of half an output pixel's width, 2 s of them an input pixel: exact, and Int holds 4 s length.
+// Places are counted in units of 1 / (2 s) of an input pixel, so that every edge and centre is a whole number: exact. Int
+// must hold 4 s length.
 template <typename Int>
 EMPSSL_FN Taps taps_of(int i, int length, int s) {
     const Int unit = 2 * (Int)s, centre = (2 * (Int)i + 1) * length, support = 2 * (Int)(length > s ? length : s);
@@ -79,10 +81,10 @@ EMPSSL_FN float blend(float x, float other, float factor) { return clamp01(facto
 EMPSSL_FN float hue_sixths(float shift) { return 6 * (shift - floorf(shift + 0.5f)); }
 
 // One channel once the hue has been turned. It falls below the value by its share of the chroma, clamp01(2 - distance),
-// where the distance goes round the circle from the hue to where the channel is 0. All is times chroma, so that nothing
-// is divided: |from_zero| is at most 9 chroma.
-EMPSSL_FN float hue_channel(float value, float chroma, float from_zero) {
-    const float a = fabsf(from_zero), b = fabsf(a - 6 * chroma);
+// where the distance goes round the circle from the hue to the one at which the channel is lowest. All is times chroma, so
+// that nothing is divided: |from_lowest| is at most 9 chroma.
+EMPSSL_FN float hue_channel(float value, float chroma, float from_lowest) {
+    const float a = fabsf(from_lowest), b = fabsf(a - 6 * chroma);
     const float left = 2 * chroma - (a < b ? a : b);
     const float share = left < 0 ? 0.0f : left > chroma ? chroma : left;
     return value - share;

@@ -178,13 +178,13 @@ def test_of_many_images_some_are_shown(in_tmp, monkeypatch):
     monkeypatch.setattr(empssl, "shown_in_report", lambda N, config: some)
     plain_folder(in_tmp / "plain")
     seen = []
-    features = empssl.features
+    features = empssl.features_to_probe
 
     def watched(encoder, images, config):
         seen.append(len(images))
         return features(encoder, images, config)
 
-    monkeypatch.setattr(empssl, "features", watched)
+    monkeypatch.setattr(empssl, "features_to_probe", watched)
     of_plain_images("plain")
     kept, whole = np.load("runs/demo/report.npz"), np.load("runs/demo/features.npz")
     assert seen == [30, 4]  # after training all of them, before it those that are shown
