@@ -672,10 +672,9 @@ def train(
 ) -> dict:
     """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8. An epoch's images that do not fill a batch are left out. The `Run`
-    logs, saves, and goes on from its checkpoint. Under torchrun each process cuts and encodes its
-    share of a batch; the loss and its gradient are of all b. Returns the last R and D, and seconds
-    and patches. Raises `UsageError` where b > N, and `Stopped` or `FloatingPointError` as `Run`.
+    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The `Run` logs, saves,
+    goes on. Under torchrun each process encodes its share of a batch; the loss is of all b. Returns
+    the last R and D, seconds, patches. Raises `UsageError` where b > N, and what `Run` raises.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
