@@ -165,9 +165,11 @@ PRESETS = {
         "batch": 50,
         "lam": 100.0,
         "backbone": "small",
-        "hidden": 1024,
+        "hidden": 2048,
         "projector": 512,
         "dim": 512,
+        "optimizer": "muon",
+        "lr": 0.15,
     },
 }
 
@@ -378,9 +380,9 @@ class Encoder(nn.Module):
         return F.normalize(at_least_float32(z), dim=-1)  # (P, d)
 
     def matrices(self) -> list[Tensor]:
-        """The weights of two dimensions up to the representation: what Muon updates."""
-        layers = [*self.backbone.parameters(), *self.represent.parameters()]
-        return [p for p in layers if p.ndim == 2]
+        """The weights of layers and convolutions up to the representation: what Muon updates."""
+        below = [*self.backbone.parameters(), *self.represent.parameters()]
+        return [p for p in below if p.ndim > 1]
 
     def features(self, images) -> Tensor:
         """The bags of patches of your own images, `(N, hidden)` float32 on the CPU.
@@ -607,20 +609,24 @@ class Muon(LARS):
         p <- p - lr / 6 max(1, rows / columns)^(1/2) orthogonal(g + momentum v)
 
     A gradient's few strong directions would drown the others; here a step goes as far in each of
-    them. The sixth makes one learning rate suit both rules. Matrices have no decay.
+    them. The sixth makes one learning rate suit both rules. Matrices have no decay. A convolution's
+    filters are the rows of its matrix. `dtype` is that of the products in `orthogonal`.
     """
 
-    def __init__(self, params, matrices: list[Tensor], **settings):
+    def __init__(self, params, matrices: list[Tensor], dtype=torch.float32, **settings):
         super().__init__(params, **settings)
         self.matrices = set(matrices)
+        self.dtype = dtype
 
     def update(self, p: Tensor, group: dict) -> None:
         if p not in self.matrices:
             super().update(p, group)
             return
         step = self.with_momentum(p, p.grad, group["momentum"])
-        rows, columns = p.shape
-        p.sub_(group["lr"] / 6 * math.sqrt(max(1, rows / columns)) * orthogonal(step))
+        G = step.flatten(1).to(self.dtype)
+        rows, columns = G.shape
+        length = group["lr"] / 6 * math.sqrt(max(1, rows / columns))
+        p.sub_(orthogonal(G).view_as(p), alpha=length)
 
 
 def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
@@ -628,7 +634,7 @@ def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
 
     By Newton-Schulz iteration: each step replaces a singular value x by a x + b x^3 + c x^5, which
     drives all of (0, 1] towards 1. With these constants small ones rise fast, and end in about
-    [0.7, 1.2].
+    [0.7, 1.2]. Beside that spread bfloat16's rounding is small.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     rows, columns = G.shape
@@ -646,7 +652,8 @@ def new_optimizer(
     """What updates the parameters; `matrices` are those among them that Muon treats as its own."""
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
-        return Muon(parameters, matrices, eta=config.eta, **common)
+        dtype = dtype_of_patches(config.precision)
+        return Muon(parameters, matrices, dtype, eta=config.eta, **common)
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
     if config.optimizer == "adamw":

@@ -45,6 +45,12 @@ def describe_device(device: str) -> str:
     return f"{device} ({', '.join([name, f'{torch.get_num_threads()} threads', *has])})"
 
 
+def cpu_multiplies_bf16() -> bool:
+    """As far as PyTorch can say; elsewhere products in bf16 are far slower than in float32."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def memory_of_this_machine() -> float:
     """In bytes; infinite where the system does not say."""
     if not hasattr(os, "sysconf"):

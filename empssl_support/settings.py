@@ -13,7 +13,7 @@ import torch
 
 from empssl_support.cli import UsageError, flag_name, parse_flags
 from empssl_support.files import read_checkpoint, read_encoder
-from empssl_support.machine import memory_of_this_machine
+from empssl_support.machine import cpu_multiplies_bf16, memory_of_this_machine
 from empssl_support.processes import processes, started_by_torchrun
 
 RUNS = Path("runs")
@@ -147,13 +147,14 @@ def pick_device(wanted: str) -> str:
 
 
 def pick_precision(wanted: str, device: str) -> str:
-    """`auto` is bf16 on a GPU that has it, and float32 on a CPU, so that a seed is one run."""
+    """`auto` is bf16 where the GPU, or the CPU, multiplies it in hardware."""
     if wanted != "auto":
         return wanted
-    on_gpu = device.startswith("cuda")
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return "float32"
+    if device.startswith("cuda"):
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = device == "cpu" and cpu_multiplies_bf16()
+    return "bf16" if has else "float32"
 
 
 # ---- what cannot work ----

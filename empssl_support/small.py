@@ -1,10 +1,8 @@
 """The encoder for CPUs: a small residual network that reads 16x16 patches.
 
-A CPU is best at products of large matrices, and nearly all the arithmetic here is of that kind. A
-dense 3x3 convolution mixes neighbours and channels at once. Here a depthwise one first mixes
-neighbours, each channel apart, which is little work; then a matrix mixes the channels at each
-place. At equal seconds on two cores this did better than dense convolutions: compare `short` with
-`third-whitened` in study/results/laptop_search.jsonl, each of one seed.
+A CPU spends most of a network's seconds on moving activations. A dense 3x3 convolution does so much
+arithmetic with each of them that its vector units are kept busy: at equal seconds on two cores this
+did better than depthwise convolutions, which do a thirtieth of it (docs/laptop.md).
 """
 
 import torch
@@ -15,63 +13,35 @@ from torch import Tensor, nn
 def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
     """Patches `(P, 3, s, s)` to features `(P, width)`. Returns the network and its width.
 
-    At 16x16 the first stage sees 8x8 places with 128 channels and the last one 4x4 places with 384.
-    The features are the mean over the places: 384 of them, or 128 with `drop_last_stage` (S3L).
+    At 16x16 the first stage sees 8x8 places with 64 channels and the last one 4x4 places with 256.
+    The features are the mean over the places: 256 of them, or 64 with `drop_last_stage` (S3L).
     """
-    # A layer draws its first weights when it is made, so the order of these lines decides what a
-    # seed stands for. The last stage is made even where it is left out, and before the first one,
-    # which therefore starts from the same weights either way.
-    last_stage = [
-        *depthwise(128, stride=2),
-        Pointwise(128, 384, bias=False),
-        *normalise(384),
-        residual(384),
-        residual(384),
-    ]
-    # The patch is small, so its sides are halved at once: all else then costs a quarter. There are
-    # only 27 numbers under each filter, so this convolution is dense and still cheap.
-    first_stage = [
-        nn.Conv2d(3, 128, 3, stride=2, padding=1, bias=False),
-        *normalise(128),
-        residual(128),
-    ]
-    stages = first_stage if drop_last_stage else first_stage + last_stage
-    width = 128 if drop_last_stage else 384
+    # The patch is small, so its sides are halved at once: all else then costs a quarter.
+    stages = [*convolution(3, 64, stride=2), residual(64)]
+    width = 64
+    if not drop_last_stage:
+        stages += [*convolution(64, 256, stride=2), residual(256), residual(256)]
+        width = 256
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width
 
 
-def depthwise(width: int, stride: int) -> list[nn.Module]:
-    """A 3x3 filter for each channel."""
-    convolution = nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False)
-    return [convolution, nn.BatchNorm2d(width)]
-
-
-def normalise(width: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+def convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+    """3x3, with BatchNorm and ReLU."""
+    return [
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
 
 
 def residual(width: int) -> "Residual":
-    """Mix the neighbours, then the channels, and add what came in."""
-    return Residual(
-        *depthwise(width, stride=1), Pointwise(width, width, bias=False), *normalise(width)
-    )
+    """A convolution whose result is added to what came in."""
+    return Residual(*convolution(width, width, stride=1))
 
 
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
-
-
-class Pointwise(nn.Linear):
-    """A 1x1 convolution as one product of matrices, whose backward pass is faster on a CPU.
-
-    `(P, inputs, h, w) -> (P, outputs, h, w)`. Channels-last memory is what the product wants, so
-    the two permutations move nothing.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = x.permute(0, 2, 3, 1)  # (P, h, w, inputs)
-        return super().forward(places).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import empssl
 
 TINY = (
     "--preset laptop --device cpu --patches 3 --batch 20 --hidden 16 --projector 16 --dim 8 "
-    "--eval-patches 4"
+    "--eval-patches 4 --precision float32"
 ).split()
 SHAPES = ["--dataset", "shapes", "--subset", "60", *TINY]
 

@@ -180,7 +180,7 @@ def test_a_last_stage_is_added_and_what_is_below_it_stays(in_tmp, short_runs, ca
     baselines.main([*run, *add_to_it, "--name", "warm"])
     short, warm = weights("short"), weights("warm")
     assert short["represent.0.weight"].shape == (16, 128)
-    assert warm["represent.0.weight"].shape == (16, 384)
+    assert warm["represent.0.weight"].shape == (16, 256)
     below = [k for k in short if k.startswith("backbone.") and "batches" not in k]
     assert len(below) == 15
     assert_equal({k: warm[k] for k in below}, {k: short[k] for k in below})

@@ -16,7 +16,7 @@ def some_images(N=20):
     return torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("backbone,s,width", [("resnet18", 32, 512), ("small", 16, 384)])
+@pytest.mark.parametrize("backbone,s,width", [("resnet18", 32, 512), ("small", 16, 256)])
 def test_encoder_shapes_and_unit_rows(backbone, s, width):
     encoder = Encoder(backbone, s, hidden=24, projector=24, dim=6)
     x = torch.randn(4, 3, s, s)
@@ -40,7 +40,7 @@ def test_the_papers_network():
         Encoder("vgg")
 
 
-@pytest.mark.parametrize("backbone,whole,less", [("small", 384, 128), ("resnet18", 512, 256)])
+@pytest.mark.parametrize("backbone,whole,less", [("small", 256, 64), ("resnet18", 512, 256)])
 def test_dropping_the_last_stage_leaves_the_others_as_they_are(backbone, whole, less):
     widths = {"hidden": 8, "projector": 8, "dim": 4}
     torch.manual_seed(0)

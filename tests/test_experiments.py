@@ -1,5 +1,6 @@
 """What measures: the commands that fill the tables, and benchmarks that verify before they time."""
 
+import functools
 import json
 import shlex
 import sys
@@ -10,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import empssl
 from empssl_support.cli import Stopped, UsageError, signals
+from empssl_support.data import load_dataset
 from empssl_support.settings import check_sizes
 from recipes import plain_folder
 from study.baselines.common import views
@@ -460,30 +462,67 @@ def labelled_images(folder, each=8):
 
 
 def test_tries_see_training_images_alone_and_none_twice(in_tmp):
-    folder = labelled_images(in_tmp / "photos")
-    split = search.holdout(folder, train=4, test=2)
-    assert search.holdout(folder, train=4, test=2) == split  # again, as it is there
-    for of_class in ("cat", "dog"):
-        seen = {part: sorted((split / part / of_class).iterdir()) for part in ("train", "test")}
-        assert [len(files) for files in seen.values()] == [4, 2]
-        originals = [file.resolve() for files in seen.values() for file in files]
-        assert len(set(originals)) == 6
-        assert all(file.parent == folder / "train" / of_class for file in originals)
+    data = load_dataset("imagefolder", labelled_images(in_tmp / "photos"))
+    train, test = search.holdout(data, images=8, test=4)
+    assert [part.labels.bincount().tolist() for part in (train, test)] == [[4, 4], [2, 2]]
+    kept = list(zip(data.train_images, data.train_labels.tolist()))
+    places = []
+    for part in (train, test):
+        for image, label in zip(part.images, part.labels.tolist()):
+            (place,) = [i for i, (x, y) in enumerate(kept) if y == label and torch.equal(x, image)]
+            places.append(place)
+    assert len(set(places)) == 12
+    # With other images to train on, those to test on are the same.
+    fewer, same = search.holdout(data, images=4, test=4)
+    assert torch.equal(same.images, test.images) and len(fewer.images) == 4
 
 
 def test_too_few_images_for_tries_are_a_sentence(in_tmp):
-    with pytest.raises(UsageError, match="has 8 images; the tries need 9"):
-        search.holdout(labelled_images(in_tmp / "photos"), train=6, test=3)
+    data = load_dataset("imagefolder", labelled_images(in_tmp / "photos"))
+    with pytest.raises(UsageError, match="cat has 8 training images; the tries need 9"):
+        search.holdout(data, images=12, test=6)
 
 
-def test_tries_are_the_presets_with_one_thing_changed(in_tmp, monkeypatch):
-    started = []
-    monkeypatch.setattr(search, "start_all", started.extend)
-    monkeypatch.setattr(search, "holdout", lambda folder: in_tmp)
-    search.main(["--seeds", "1"])
-    assert [recipe.name for recipe in started] == [f"try-{name}" for name in search.TRIES]
-    settings = {recipe.name: recipe.settings() for recipe in started}
-    assert settings["try-lars"].optimizer == "lars" and settings["try-muon"].optimizer == "muon"
-    assert all(0 < recipe.about["predicted"] < 1 for recipe in started)
+def test_a_try_is_the_preset_with_its_changes(in_tmp, monkeypatch):
+    """The whole command on a few images: what a try changes is what is trained."""
+    folder = labelled_images(in_tmp / "photos")
+    split = functools.partial(search.holdout, test=6)
+    tiny = f"{TINY} --batch 5"
+    tries = {
+        "plain": search.Try(0.5, tiny, images=10),
+        "narrow": search.Try(0.6, tiny, stages="54 + 8", images=10),
+        "one-step": search.Try(0.7, tiny, newton_schulz=1, images=10),
+    }
+    monkeypatch.setattr(search, "holdout", split)
+    monkeypatch.setattr(search, "TRIES", tries)
+    encoders = []
+    train = empssl.train
+
+    def watched(encoder, *rest):
+        encoders.append(encoder)
+        return train(encoder, *rest)
+
+    monkeypatch.setattr(empssl, "train", watched)
+    before = empssl.small_backbone, empssl.orthogonal
+    search.main(["--data-dir", str(folder), "--seeds", "1"])
+    assert (empssl.small_backbone, empssl.orthogonal) == before
+    kept = records.read("laptop")
+    assert [r["name"] for r in kept] == ["try-plain", "try-narrow", "try-one-step"]
+    assert [r["predicted"] for r in kept] == [0.5, 0.6, 0.7]
+    assert all(set(records.PROVENANCE) <= set(r) for r in kept)
+    assert all(0 <= r["metrics"]["quadrants_top1"] <= 1 for r in kept)
+    plain, narrow, one_step = (encoder.state_dict() for encoder in encoders)
+    assert narrow["represent.0.weight"].shape == (16, 8)
+    assert plain["represent.0.weight"].shape == (16, 256)
+    assert not torch.equal(plain["represent.0.weight"], one_step["represent.0.weight"])
+    # What is kept is not done again, and what nobody wrote down is a sentence.
+    monkeypatch.setattr(empssl, "train", lambda *_: pytest.fail("it ran again"))
+    search.main(["--data-dir", str(folder), "--seeds", "1", "plain"])
     with pytest.raises(UsageError, match="There is no try sideways"):
         search.main(["sideways"])
+
+
+def test_the_tries_of_today_have_settings_and_predictions():
+    for tried in search.TRIES.values():
+        assert 0 < tried.predicted < 1
+        assert search.settings(tried, 3, "photos").seed == 3

@@ -124,20 +124,34 @@ def test_a_gradient_of_zeros_moves_nothing():
     assert torch.equal(p.detach(), before)
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_muon_follows_its_rule(shape):
+@pytest.mark.parametrize(
+    "shape,rows,columns", [((6, 4), 6, 4), ((4, 6), 4, 6), ((30, 2, 3, 3), 30, 18)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_muon_follows_its_rule(shape, rows, columns, dtype):
     torch.manual_seed(0)
     start = torch.randn(shape, dtype=torch.float64)
     p = torch.nn.Parameter(start.clone())
-    optimizer = Muon([p], [p], lr=0.3, momentum=0.9, weight_decay=0.5)
+    optimizer = Muon([p], [p], dtype, lr=0.3, momentum=0.9, weight_decay=0.5)
     expected, velocity = start.clone(), torch.zeros(shape, dtype=torch.float64)
     for _ in range(4):
         p.grad = torch.randn(shape, dtype=torch.float64)
         optimizer.step()
         velocity = 0.9 * velocity + p.grad
-        length = 0.05 * max(1, shape[0] / shape[1]) ** 0.5
-        expected = expected - length * orthogonal(p.grad + 0.9 * velocity)
+        G = (p.grad + 0.9 * velocity).view(rows, columns)
+        length = 0.05 * max(1, rows / columns) ** 0.5
+        expected = expected - length * orthogonal(G.to(dtype)).double().view(shape)
+    assert p.dtype == torch.float64
     torch.testing.assert_close(p.detach(), expected)
+
+
+def test_half_precision_hardly_turns_an_orthogonal_step():
+    torch.manual_seed(0)
+    G = torch.randn(64, 200)
+    exact, rounded = orthogonal(G), orthogonal(G.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded - exact).norm() / exact.norm()
+    assert 0 < error < 0.05
 
 
 def test_what_is_not_among_muons_matrices_has_lars():
@@ -162,4 +176,4 @@ def test_an_encoders_matrices_end_with_its_representation():
     names = {id(p): name for name, p in encoder.named_parameters()}
     chosen = [names[id(p)] for p in encoder.matrices()]
     assert "represent.0.weight" in chosen and not any("project" in name for name in chosen)
-    assert len(chosen) == 5  # four products of matrices in the backbone
+    assert len(chosen) == 6  # five convolutions

@@ -55,14 +55,29 @@ def test_every_step_has_a_side(total):
     assert sides_of_patches(settings("--patch-size", "9"), 3) == [9, 9, 9]
 
 
-def test_auto_is_float32_on_a_cpu_whatever_it_has(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+@pytest.mark.parametrize(
+    "found,precision",
+    [
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_f": True}, "float32"),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, found, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert settings().precision == "float32"
-    assert settings("--precision", "bf16").precision == "bf16"
+    assert settings().precision == precision
+    for asked in ("bf16", "float32"):
+        assert settings("--precision", asked).precision == asked
     assert pick_precision("auto", "cuda:1") == "bf16"
+    assert pick_precision("auto", "mps") == "float32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert pick_precision("auto", "cuda:1") == "float32"
+
+
+def test_auto_is_float32_on_a_cpu_that_an_old_pytorch_says_nothing_of(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert pick_precision("auto", "cpu") == "float32"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from empssl_support.small import Pointwise, Residual, small_backbone, whiten
+from empssl_support.small import Residual, small_backbone, whiten
 
 
-@pytest.mark.parametrize("drop_last_stage,expected", [(False, 384), (True, 128)])
+@pytest.mark.parametrize("drop_last_stage,expected", [(False, 256), (True, 64)])
 def test_patches_of_any_side_become_one_row_each(drop_last_stage, expected):
     backbone, width = small_backbone(drop_last_stage)
     assert width == expected
@@ -23,19 +23,15 @@ def test_the_names_and_shapes_of_the_weights_are_those_of_saved_encoders():
         if parameter.ndim > 1:
             weights[name] = "x".join(str(side) for side in parameter.shape)
     assert weights == {
-        "0.weight": "128x3x3x3",
-        "3.0.weight": "128x1x3x3",
-        "3.2.weight": "128x128",
-        "4.weight": "128x1x3x3",
-        "6.weight": "384x128",
-        "9.0.weight": "384x1x3x3",
-        "9.2.weight": "384x384",
-        "10.0.weight": "384x1x3x3",
-        "10.2.weight": "384x384",
+        "0.weight": "64x3x3x3",
+        "3.0.weight": "64x64x3x3",
+        "4.weight": "256x64x3x3",
+        "7.0.weight": "256x256x3x3",
+        "8.0.weight": "256x256x3x3",
     }
     # What has a bias is a BatchNorm, and one follows each convolution.
     biases = [name for name in backbone.state_dict() if name.endswith("bias")]
-    norms = ["1", "3.1", "3.3", "5", "7", "9.1", "9.3", "10.1", "10.3"]
+    norms = ["1", "3.1", "5", "7.1", "8.1"]
     assert biases == [f"{norm}.bias" for norm in norms]
     assert all(f"{norm}.running_mean" in backbone.state_dict() for norm in norms)
 
@@ -45,11 +41,11 @@ def test_a_few_literal_weights():
     torch.manual_seed(0)
     backbone, _ = small_backbone()
     first = backbone[0].weight[0, 0, 0].tolist()
-    assert first == pytest.approx([0.1240, -0.0452, 0.0849], abs=1e-4)
-    widening = backbone[6].weight[0, :3].tolist()
-    assert widening == pytest.approx([-0.0743, 0.0013, 0.0696], abs=1e-4)
-    last = backbone[10][2].weight[-1, -3:].tolist()
-    assert last == pytest.approx([-0.0112, -0.0005, -0.0218], abs=1e-4)
+    assert first == pytest.approx([-0.0014, 0.1032, -0.1584], abs=1e-4)
+    widening = backbone[4].weight[0, 0, 0].tolist()
+    assert widening == pytest.approx([-0.0060, 0.0095, 0.0177], abs=1e-4)
+    last = backbone[8][0].weight[-1, -1, -1].tolist()
+    assert last == pytest.approx([0.0081, 0.0143, 0.0187], abs=1e-4)
 
 
 def test_dropping_the_last_stage_leaves_the_first_as_it_is():
@@ -63,34 +59,25 @@ def test_dropping_the_last_stage_leaves_the_first_as_it_is():
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name]), name
     x = torch.randn(2, 3, 16, 16)
-    assert less == 128
+    assert less == 64
     assert short(x).shape == (2, less)
-    assert whole == 384
+    assert whole == 256
     assert full(x).shape == (2, whole)
 
 
 def test_the_stages_see_eight_and_four_places():
     backbone, _ = small_backbone()
     x = torch.randn(2, 3, 16, 16)
-    assert backbone[:4](x).shape == (2, 128, 8, 8)
-    assert backbone[:11](x).shape == (2, 384, 4, 4)
-    torch.testing.assert_close(backbone[11:](x), x.mean((2, 3)))
+    assert backbone[:4](x).shape == (2, 64, 8, 8)
+    last = backbone[:9](x)
+    assert last.shape == (2, 256, 4, 4)
+    torch.testing.assert_close(backbone(x), last.mean((2, 3)))
 
 
 def test_a_residual_block_adds_to_what_came_in():
     block = Residual(nn.Conv2d(3, 3, 1), nn.ReLU())
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(block(x), x + F.relu(block[0](x)))
-
-
-def test_a_pointwise_convolution_is_a_convolution():
-    ours = Pointwise(6, 10, bias=False)
-    theirs = nn.Conv2d(6, 10, 1, bias=False)
-    with torch.no_grad():
-        ours.weight.copy_(theirs.weight.flatten(1))
-    x = torch.randn(3, 6, 5, 4).to(memory_format=torch.channels_last)
-    torch.testing.assert_close(ours(x), theirs(x))
-    assert ours(x).is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- whitening ----

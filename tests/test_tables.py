@@ -171,12 +171,14 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
 def test_tries_stand_beside_what_was_expected_and_are_no_result(results):
     for seed, value in enumerate((0.5, 0.7)):
         metrics = {"linear_top1": value, "quadrants_top1": 0.7, "knn_top1": 0.4}
-        run = a_record("try-muon", seed, **metrics, patches_seen=240_000) | {"predicted": 0.65}
-        records.keep("laptop", run)
+        run = a_record("try-muon", seed, **metrics, patches_seen=240_000)
+        about = {"predicted": 0.65, "flags": "--lr 1", "stages": "8 + 9"}
+        records.keep("laptop", run | about)
     assert tables.result() == ""
     *_, row = tables.laptop_tries().splitlines()
     assert row == (
-        "| muon | 0.650 | 0.600 ± 0.141 | 0.700 ± 0.000 | 0.400 ± 0.000 | 240,000 | 2 |"
+        "| muon | `--lr 1` | 8 + 9 | 0.650 | 0.600 ± 0.141 | 0.700 ± 0.000 | 0.400 ± 0.000 "
+        "| 240,000 | 2 |"
     )
 
 

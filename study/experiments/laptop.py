@@ -15,15 +15,15 @@ def main(argv: list[str] | None = None) -> None:
     bench = f"--dataset imagefolder --data-dir {typed.data_dir} {preset}"
     recipes = []
     for seed in range(typed.seeds):
-        supervised = f"{bench} --epochs 2 --method supervised"
+        supervised = f"{bench} --epochs 4 --method supervised"
         recipes += [
-            Recipe("laptop", "ten-minutes", f"{bench} --epochs 2", seed),
+            Recipe("laptop", "ten-minutes", f"{bench} --epochs 4", seed),
             Recipe("laptop", "ten-minutes-supervised", supervised, seed),
         ]
     recipes += [
         # With the paper's augmentation, so that colour does not name them.
         Recipe("shapes", "shapes", f"--dataset shapes {preset} --augmentation paper", 0),
-        Recipe("laptop", "an-hour", f"{bench} --epochs 12", 0),
+        Recipe("laptop", "an-hour", f"{bench} --epochs 28", 0),
     ]
     start_all(recipes)
 

@@ -115,13 +115,14 @@ def laptop_tries() -> str:
     rows = []
     tries = [run for run in read("laptop") if "predicted" in run]
     for name, runs in by_key(tries, "name").items():
+        first = runs[0]
         keys = ("linear_top1", "quadrants_top1", "knn_top1")
         figures = [accuracy(runs, key) for key in keys]
-        patches = average(runs, "patches_seen")
-        expected = f"{runs[0]['predicted']:.3f}"
-        rows.append([name.removeprefix("try-"), expected, *figures, patches, len(runs)])
-    columns = ["try", "predicted", "bag of patches", "quadrants", "kNN", "patches seen", "seeds"]
-    return table(columns, rows)
+        what = [name.removeprefix("try-"), f"`{first['flags']}`", first["stages"]]
+        seen = [average(runs, "patches_seen"), len(runs)]
+        rows.append([*what, f"{first['predicted']:.3f}", *figures, *seen])
+    columns = ["try", "flags", "encoder", "predicted", "bag of patches", "quadrants", "kNN"]
+    return table([*columns, "patches seen", "seeds"], rows)
 
 
 def data_name(record: dict) -> str:

@@ -1,0 +1,180 @@
+"""Image features by k-means on patches, without a network: what learning deeply has to beat.
+
+Coates, Ng and Lee, "An analysis of single-layer networks in unsupervised feature learning", 2011.
+
+    python -m study.baselines.kmeans --centroids 1600
+
+Patches of 6x6 pixels are normalised in contrast and whitened, and k-means finds their centroids.
+At every place of an image, a centroid's feature is how much nearer it is than centroids are on
+average; the features of each quadrant are added up. What is probed are the four sums side by side.
+The probe is the paper's, a linear SVM with squared hinge loss; its C is chosen on 5,000 of the
+training images. The record is kept in study/results/kmeans.jsonl.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from empssl import generator
+from empssl_support.cli import one_sentence, progress
+from empssl_support.data import load_dataset
+from empssl_support.machine import keep_freed_memory, provenance
+from study.experiments.records import keep
+
+SIDE = 6  # of a patch, in pixels
+PATCHES = 400_000  # that the centroids are learnt from
+HELD_OUT = 5_000  # training images that choose C
+CS = (1.0, 3.0, 10.0, 30.0, 100.0)  # tried, of features whose mean squared length is 1
+
+
+def contrast_normalised(x: Tensor) -> Tensor:
+    """Each patch `(..., 108)`, of values 0 to 255, to mean 0 and deviation about 1.
+
+    The paper's constant, 10, keeps a patch without contrast from being blown up.
+    """
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.var(-1, keepdim=True) + 10).sqrt()
+
+
+def all_patches(images: Tensor) -> Tensor:
+    """Every patch of images `(N, 3, H, W)` uint8, as `(N, places, 108)`, contrast normalised."""
+    return contrast_normalised(F.unfold(images.float(), SIDE).mT)
+
+
+def some_patches(images: Tensor, seed: int) -> Tensor:
+    """`(PATCHES, 108)`: as many from each image, places drawn by the seed."""
+    chance = generator(seed, "kmeans patches", 0)
+    each = -(-PATCHES // len(images))
+    found = []
+    for part in images.split(500):
+        x = all_patches(part)
+        places = torch.rand(x.shape[:2], generator=chance).topk(each).indices  # (500, each)
+        found.append(x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1))
+    return torch.cat(found)[:PATCHES]
+
+
+class KMeansFeatures:
+    """Learn whitening and centroids from images; then call it on images for their features."""
+
+    def __init__(self, images: Tensor, centroids: int, seed: int):
+        x = some_patches(images, seed)
+        # ZCA whitening. The constant, the paper's .1, keeps directions that hold next to nothing,
+        # such as noise, from being blown up.
+        self.mean = x.mean(0)
+        variance, components = torch.linalg.eigh(x.T.cov())
+        self.whitening = components / (variance + 0.1).sqrt() @ components.T  # (108, 108)
+        x = (x - self.mean) @ self.whitening
+        means = MiniBatchKMeans(
+            centroids, batch_size=10_000, max_iter=10, n_init=1, init="random", random_state=seed
+        )
+        self.centroids = torch.from_numpy(means.fit(x.numpy()).cluster_centers_).float()  # (K, 108)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`(N, 3, H, W)` uint8 -> `(N, 4 K)`, the quadrants side by side."""
+        side = images.shape[-1] - SIDE + 1  # places in a row
+        parts = []
+        for part in progress(images.split(8), desc="features", unit="batch", leave=False):
+            x = (all_patches(part) - self.mean) @ self.whitening
+            # "Triangle" activation: how much nearer than the mean distance, or nothing.
+            distance = torch.cdist(x, self.centroids)  # (8, places, K)
+            nearer = (distance.mean(-1, keepdim=True) - distance).relu_()
+            nearer = nearer.unflatten(1, (side, side))
+            halves = (slice(None, side // 2), slice(side // 2, None))
+            sums = [nearer[:, rows, columns].sum((1, 2)) for rows in halves for columns in halves]
+            parts.append(torch.cat(sums, dim=1))
+        return torch.cat(parts)
+
+
+class LinearSVM:
+    """One against all others, squared hinge loss, as liblinear's L2-regularised L2-loss SVM.
+
+        1/2 |w|^2 + C sum over images of  max(0, 1 - y (w x + bias))^2
+
+    of each class, by L-BFGS over all images. `fit` starts from where an earlier fit has ended.
+    """
+
+    def __init__(self, width: int, classes: int):
+        self.layer = torch.nn.Linear(width, classes)
+        torch.nn.init.zeros_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
+
+    def fit(self, x: Tensor, y: Tensor, C: float, steps: int = 100) -> "LinearSVM":
+        sign = 2 * F.one_hot(y, self.layer.out_features) - 1  # (N, classes)
+        weight = self.layer.weight
+        optimizer = torch.optim.LBFGS(
+            self.layer.parameters(), max_iter=steps, history_size=10, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            hinge = (1 - sign * self.layer(x)).relu()
+            loss = (weight.square().sum() / 2 + C * hinge.square().sum()) / (C * len(x))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return self
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        return (self.layer(x).argmax(1) == y).float().mean().item()
+
+
+def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, seed: int) -> dict:
+    """Test accuracy of an SVM on standardised features; the test data are read once, at its end."""
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    width = x.shape[1]
+    for features in (x, test_x):
+        # In place, since a copy would be gigabytes; the mean squared length is then 1.
+        features.sub_(mean).div_(deviation).div_(width**0.5)
+    order = torch.randperm(len(y), generator=generator(seed, "held out", 0))
+    held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
+    classes = int(y.max()) + 1
+    svm = LinearSVM(width, classes)
+    on_held_out = {}
+    x_rest, y_rest = x[rest], y[rest]
+    for C in progress(CS, desc="choosing C", unit="fit", leave=False):
+        on_held_out[C] = svm.fit(x_rest, y_rest, C).accuracy(x[held_out], y[held_out])
+    del x_rest
+    best = max(CS, key=on_held_out.get)
+    top1 = LinearSVM(width, classes).fit(x, y, best, steps=200).accuracy(test_x, test_y)
+    return {"svm_top1": top1, "C": best, "held_out_top1": on_held_out}
+
+
+def run(images, centroids: int, seed: int) -> dict:
+    """The metrics of one data set, by `load_dataset`."""
+    started = time.perf_counter()
+    features = KMeansFeatures(images.train_images, centroids, seed)
+    learnt = time.perf_counter()
+    x, test_x = features(images.train_images), features(images.test_images)
+    computed = time.perf_counter()
+    accuracies = probe(x, images.train_labels, test_x, images.test_labels, seed)
+    ended = time.perf_counter()
+    return accuracies | {
+        "centroid_seconds": learnt - started,
+        "feature_seconds": computed - learnt,
+        "probe_seconds": ended - computed,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="K-means on whitened patches, and an SVM.")
+    parser.add_argument("--data-dir", default="data/cifar10-jpeg", help="a folder of images")
+    parser.add_argument("--centroids", type=int, default=1600, help="K")
+    parser.add_argument("--seed", type=int, default=0)
+    typed = parser.parse_args(argv)
+    keep_freed_memory()
+    images = load_dataset("imagefolder", typed.data_dir)
+    metrics = run(images, typed.centroids, typed.seed)
+    print(metrics)
+    record = {"name": f"kmeans-{typed.centroids}", "seed": typed.seed, "centroids": typed.centroids}
+    keep("kmeans", record | provenance("cpu") | {"metrics": metrics})
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
