@@ -42,7 +42,7 @@ from empssl_support import ops, plan, report
 from empssl_support.cli import UsageError, flag, one_sentence, progress
 from empssl_support.data import DATASETS, Dataset, load_dataset, survey, to_device
 from empssl_support.export import write_program, write_splits
-from empssl_support.files import read_encoder, write_features
+from empssl_support.files import halved, read_encoder, write_features
 from empssl_support.machine import keep_freed_memory, provenance
 from empssl_support.nearest import draw_sheet, neighbours, sheet_path
 from empssl_support.ops import extract_patches, extract_patches_ref, logdet_spd
@@ -1118,7 +1118,7 @@ def results_without_labels(
     folder: RunFolder, h: Features, untrained: Encoder | None, data: Dataset, config: Config
 ) -> dict:
     print("These images have no labels: their features are kept, and nothing is probed.")
-    kept = {"train_features": h.bag.half(), "files": data.files}
+    kept = {"train_features": halved(h.bag), "files": data.files}
     from_first(lambda: write_features(folder.path / "features.npz", **kept))
 
     some = shown_in_report(len(h.bag), config)
@@ -1139,7 +1139,7 @@ def results_with_labels(
     config: Config,
 ) -> dict:
     """The test accuracies; `untrained` is None where they are the untrained encoder's own."""
-    kept = {"test_features": test_h.bag.half(), "test_labels": data.test_labels}
+    kept = {"test_features": halved(test_h.bag), "test_labels": data.test_labels}
     kept["classes"] = data.classes
     from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
     record = probe(train_h, test_h, data)

@@ -118,6 +118,12 @@ def write_features(path: Path, **arrays) -> None:
     write_whole(path, lambda out: np.savez(out, **there))
 
 
+def halved(x: Tensor) -> Tensor:
+    """In float16 to save room, or as it is where float16 would make a number infinite."""
+    half = x.half()
+    return half if half.isfinite().all() else x
+
+
 def write_table(path: Path, header: list[str], rows) -> None:
     """Rows of words and numbers as a `.csv`, UTF-8; file names that are no text too."""
 

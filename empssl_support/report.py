@@ -16,7 +16,7 @@ from torch import Tensor
 from empssl_support import report_pictures as pictures
 from empssl_support import report_sections as sections
 from empssl_support.cli import UsageError
-from empssl_support.files import write_features, write_text
+from empssl_support.files import halved, write_features, write_text
 from empssl_support.report_pictures import Shown
 from empssl_support.runs import records
 
@@ -45,8 +45,8 @@ def keep(
         run / KEPT,
         thumbnails=np.frombuffer(b"".join(small), np.uint8),  # N WebP files, end to end
         lengths=[len(file) for file in small],
-        features=features.half(),
-        untrained=None if untrained is None else untrained.half(),
+        features=halved(features),
+        untrained=None if untrained is None else halved(untrained),
         labels=labels,
         classes=classes or None,
         files=files,

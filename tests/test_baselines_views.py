@@ -58,7 +58,7 @@ def test_published_settings():
 def test_what_is_typed_comes_before_what_is_published_and_that_before_the_preset():
     found = baselines.settings(["--preset", "laptop", "--device", "cpu", "--method", "byol"])
     assert (found.lr, found.dim, found.batch, found.augmentation) == (1.0, 256, 256, "byol")
-    assert (found.hidden, found.backbone) == (1024, "small")  # the preset's
+    assert (found.hidden, found.backbone) == (2048, "small")  # the preset's
     typed = "--preset laptop --device cpu --method byol --lr 0.7 --augmentation light"
     found = baselines.settings(typed.split())
     assert (found.lr, found.dim, found.augmentation) == (0.7, 256, "light")

@@ -211,8 +211,8 @@ def test_the_laptops_figures_are_drawn_in_the_readme(stand_in, monkeypatch, caps
     assert "6 runs, about 10 min" in capsys.readouterr().out
     assert ["my data/cifar10-jpeg" in command for command in stand_in].count(True) == 5
     found = [(r["name"], r["seed"], r["epochs"]) for r in records.read("laptop")]
-    ten = [(name, seed, 2) for seed in (0, 1) for name in ("ten-minutes", "ten-minutes-supervised")]
-    assert found == [*ten, ("an-hour", 0, 12)]
+    ten = [(name, seed, 4) for seed in (0, 1) for name in ("ten-minutes", "ten-minutes-supervised")]
+    assert found == [*ten, ("an-hour", 0, 28)]
     assert [row.split(" | ")[0] for row in tables.result().splitlines()[2:]] == [
         "| cifar10-jpeg",
         "| cifar10-jpeg, all labels",

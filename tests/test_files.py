@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import empssl
 from empssl_support.cli import UsageError
 from empssl_support.files import (
+    halved,
     read_checkpoint,
     read_encoder,
     save_encoder,
@@ -166,3 +167,10 @@ def test_code_in_a_file_is_not_run():
     torch.save({"step": Code(), "architecture": Code(), "weights": {}}, "odd.pt")
     assert read_checkpoint(Path("odd.pt")) is None and not loads_or_is_refused("odd.pt")
     assert not Path("code-was-run").exists()
+
+
+def test_features_are_halved_unless_that_makes_one_infinite():
+    x = torch.tensor([[1.5, -60_000.0]])
+    assert halved(x).dtype == torch.float16 and torch.equal(halved(x).float(), x)
+    larger = torch.tensor([[1.5, 70_000.0]])
+    assert torch.equal(halved(larger), larger) and halved(larger).dtype == torch.float32

@@ -690,7 +690,7 @@ def test_a_training_with_kernels_and_one_with_references_agree(device, seed, mon
     def run(kernels):
         torch.manual_seed(seed)
         encoder, layers = empssl.Encoder("small", 16, hidden=64, projector=64, dim=32), []
-        for inputs, outputs, kernel in ((3, 96, 3), (96, 192, 3), (192, 384, 2)):
+        for inputs, outputs, kernel in ((3, 96, 3), (96, 192, 3), (192, 256, 2)):
             layers += [
                 torch.nn.Conv2d(inputs, outputs, kernel, 2, kernel // 3),
                 torch.nn.BatchNorm2d(outputs),

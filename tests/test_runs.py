@@ -105,8 +105,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_records(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"after step {step} of 12" in said and "--resume runs/stopped" in said
 
-    steps, one = [], empssl.LARS.step
-    monkeypatch.setattr(empssl.LARS, "step", lambda *a: steps.append(1) or one(*a))
+    steps, one = [], empssl.Muon.step
+    monkeypatch.setattr(empssl.Muon, "step", lambda *a: steps.append(1) or one(*a))
     resumed = main(["--resume", "runs/stopped"])
     assert len(steps) == 12 - step  # it went on rather than began again
     assert_equal_weights("whole", "stopped")
@@ -153,7 +153,7 @@ def test_a_signal_while_probing_is_a_sentence_and_the_training_is_kept(number, m
     assert stop.value.code == 128 + number
     assert said.startswith("stopped") and "--resume runs/stopped" in said
 
-    monkeypatch.setattr(empssl.LARS, "step", lambda *a: pytest.fail("it trained again"))
+    monkeypatch.setattr(empssl.Muon, "step", lambda *a: pytest.fail("it trained again"))
     assert main(["--resume", "runs/stopped"])["linear_top1"] == whole["linear_top1"]
 
 

@@ -168,6 +168,20 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
     assert shapes == "| shapes |  | 0.900 |  | 0.800 |  | 1 epoch, 60 s | abacus | 1 |"
 
 
+def test_kmeans_stands_beside_with_the_seconds_of_all_that_it_does(results):
+    for seed, value in enumerate((0.5, 0.7)):
+        metrics = {"svm_top1": value, "centroid_seconds": 10.0, "feature_seconds": 20.0}
+        metrics |= {"probe_seconds": 1000.0 + 2 * seed, "held_out_top1": {"1.0": 0.9}}
+        run = a_record("kmeans-1600", seed, **metrics)
+        about = {"dataset": "imagefolder", "data_dir": "data/photos", "centroids": 1600}
+        records.keep("kmeans", run | about | {"hardware": "cpu (abacus, 2 threads, AVX2, AVX-512, bf16)"})
+    *_, row = tables.result().splitlines()
+    assert row == (
+        "| photos, k-means of 1,600 patches |  |  | 0.600 ± 0.141 |  |  | 1,031 s in all "
+        "| cpu (abacus, 2 threads, bf16) | 2 |"
+    )
+
+
 def test_tries_stand_beside_what_was_expected_and_are_no_result(results):
     for seed, value in enumerate((0.5, 0.7)):
         metrics = {"linear_top1": value, "quadrants_top1": 0.7, "knn_top1": 0.4}

@@ -171,7 +171,13 @@ def main(argv: list[str] | None = None) -> None:
     images = load_dataset("imagefolder", typed.data_dir)
     metrics = run(images, typed.centroids, typed.seed)
     print(metrics)
-    record = {"name": f"kmeans-{typed.centroids}", "seed": typed.seed, "centroids": typed.centroids}
+    record = {
+        "name": f"kmeans-{typed.centroids}",
+        "seed": typed.seed,
+        "centroids": typed.centroids,
+        "dataset": "imagefolder",
+        "data_dir": typed.data_dir,
+    }
     keep("kmeans", record | provenance("cpu") | {"metrics": metrics})
 
 

@@ -43,6 +43,7 @@ TRIES = {
     "slower": Try(0.725, "--epochs 3 --lr 0.08"),
     "faster": Try(0.710, "--epochs 3 --lr 0.3"),
     "faster-three-steps": Try(0.710, "--epochs 3 --lr 0.3", newton_schulz=3),
+    "three-steps": Try(0.719, newton_schulz=3),
     # What is seen.
     "paper": Try(0.725, "--epochs 3 --augmentation paper"),
     "faster-paper": Try(0.710, "--epochs 3 --lr 0.3 --augmentation paper"),
@@ -51,6 +52,12 @@ TRIES = {
     "patches-4": Try(0.730, "--epochs 6 --patches 4"),
     "preset-45000": Try(0.765, images=45_000),
     "paper-45000": Try(0.765, "--epochs 3 --augmentation paper", images=45_000),
+    "batch-100-45000": Try(
+        0.770,
+        "--epochs 3 --batch 100 --lam 200 --dim 1024 --lr 0.2",
+        newton_schulz=4,
+        images=45_000,
+    ),
     # The encoder.
     "hidden-4096": Try(0.730, "--epochs 3 --hidden 4096"),
     "deeper": Try(0.725, stages="64 + 192 + + +"),

@@ -101,13 +101,31 @@ def result() -> str:
                 accuracy(runs, "knn_top1"),
                 ", ".join(filter(None, before)),
                 f"{passes}, {average(alone, 'train_seconds')} s",
-                re.sub(r", (AVX|AMX|bf16).*", ")", first["hardware"]),
+                processor(first),
                 len(runs),
             ]
         )
     columns = ["data", "paper", "bag of patches", "quadrants", "kNN"]
     columns += ["kNN untrained, of pixels", "training", "on", "seeds"]
-    return table(columns, rows)
+    return table(columns, rows + kmeans_rows())
+
+
+def kmeans_rows() -> list[list]:
+    """K-means without a network: its quadrants, by an SVM, in the seconds of all that it does."""
+    rows = []
+    for runs in by_key(read("kmeans"), "name").values():
+        first = runs[0]
+        spent = [sum(v for k, v in r["metrics"].items() if k.endswith("_seconds")) for r in runs]
+        what = f"{data_name(first)}, k-means of {first['centroids']:,} patches"
+        seconds = f"{sum(spent) / len(spent):,.0f} s in all"
+        where = processor(first)
+        rows.append([what, "", "", accuracy(runs, "svm_top1"), "", "", seconds, where, len(runs)])
+    return rows
+
+
+def processor(run: dict) -> str:
+    """Its name, its threads and whether it has bf16, without its other vector instructions."""
+    return re.sub(r", (AVX|AMX)[^,)]*", "", run["hardware"])
 
 
 def laptop_tries() -> str:
