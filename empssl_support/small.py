@@ -1,8 +1,8 @@
 """The encoder for CPUs: a small residual network that reads 16x16 patches.
 
-A CPU spends most of a network's seconds on moving activations. A dense 3x3 convolution does so much
-arithmetic with each of them that its vector units are kept busy: at equal seconds on two cores this
-did better than depthwise convolutions, which do a thirtieth of it (docs/laptop.md).
+A dense 3x3 convolution does so much arithmetic with each number that it reads that a CPU's vector
+units are kept busy. At equal seconds on two cores this did better than depthwise convolutions, with
+less arithmetic and mostly waiting for memory (docs/laptop.md).
 """
 
 import torch
@@ -17,10 +17,17 @@ def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
     The features are the mean over the places: 256 of them, or 64 with `drop_last_stage` (S3L).
     """
     # The patch is small, so its sides are halved at once: all else then costs a quarter.
-    stages = [*convolution(3, 64, stride=2), residual(64)]
+    stages = [
+        *convolution(3, 64, stride=2),
+        residual(64),
+    ]
     width = 64
     if not drop_last_stage:
-        stages += [*convolution(64, 256, stride=2), residual(256), residual(256)]
+        stages += [
+            *convolution(64, 256, stride=2),
+            residual(256),
+            residual(256),
+        ]
         width = 256
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width
 
@@ -28,7 +35,14 @@ def small_backbone(drop_last_stage: bool = False) -> tuple[nn.Sequential, int]:
 def convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     """3x3, with BatchNorm and ReLU."""
     return [
-        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.Conv2d(
+            inputs,
+            outputs,
+            kernel_size=3,
+            stride=stride,
+            padding=1,
+            bias=False,
+        ),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]

@@ -173,8 +173,9 @@ def test_kmeans_stands_beside_with_the_seconds_of_all_that_it_does(results):
         metrics = {"svm_top1": value, "centroid_seconds": 10.0, "feature_seconds": 20.0}
         metrics |= {"probe_seconds": 1000.0 + 2 * seed, "held_out_top1": {"1.0": 0.9}}
         run = a_record("kmeans-1600", seed, **metrics)
-        about = {"dataset": "imagefolder", "data_dir": "data/photos", "centroids": 1600}
-        records.keep("kmeans", run | about | {"hardware": "cpu (abacus, 2 threads, AVX2, AVX-512, bf16)"})
+        run |= {"dataset": "imagefolder", "data_dir": "data/photos", "centroids": 1600}
+        run["hardware"] = "cpu (abacus, 2 threads, AVX2, AVX-512, bf16)"
+        records.keep("kmeans", run)
     *_, row = tables.result().splitlines()
     assert row == (
         "| photos, k-means of 1,600 patches |  |  | 0.600 ± 0.141 |  |  | 1,031 s in all "
