@@ -212,7 +212,7 @@ def test_the_yardstick_needs_labels_and_has_a_class_for_each_output(in_tmp, shor
     assert torch.load("runs/a/encoder.pt", weights_only=True)["architecture"]["dim"] == 10
 
 
-# With the dense encoder SimCLR of one negative gains less than this in 240 steps; why is open.
+# With the dense encoder both of these gain less than this in 240 steps; why is open.
 UNSETTLED = pytest.mark.xfail(reason="not settled for the dense encoder")
 
 
