@@ -22,7 +22,7 @@ from torch import Tensor
 from empssl import generator
 from empssl_support.cli import one_sentence, progress
 from empssl_support.data import load_dataset
-from empssl_support.machine import keep_freed_memory, provenance
+from empssl_support.machine import provenance
 from study.experiments.records import keep
 
 SIDE = 6  # of a patch, in pixels
@@ -76,17 +76,19 @@ class KMeansFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """`(N, 3, H, W)` uint8 -> `(N, 4 K)`, the quadrants side by side."""
         side = images.shape[-1] - SIDE + 1  # places in a row
-        parts = []
-        for part in progress(images.split(8), desc="features", unit="batch", leave=False):
+        features = torch.empty(len(images), 4 * len(self.centroids))
+        # Two images at a time: their distances then stay in the processor's cache.
+        rows_and_images = list(zip(features.split(2), images.split(2), strict=True))
+        for rows, part in progress(rows_and_images, desc="features", unit="batch", leave=False):
             x = (all_patches(part) - self.mean) @ self.whitening
             # "Triangle" activation: how much nearer than the mean distance, or nothing.
-            distance = torch.cdist(x, self.centroids)  # (8, places, K)
+            distance = torch.cdist(x, self.centroids)  # (2, places, K)
             nearer = (distance.mean(-1, keepdim=True) - distance).relu_()
             nearer = nearer.unflatten(1, (side, side))
             halves = (slice(None, side // 2), slice(side // 2, None))
-            sums = [nearer[:, rows, columns].sum((1, 2)) for rows in halves for columns in halves]
-            parts.append(torch.cat(sums, dim=1))
-        return torch.cat(parts)
+            sums = [nearer[:, tall, wide].sum((1, 2)) for tall in halves for wide in halves]
+            torch.cat(sums, dim=1, out=rows)
+        return features
 
 
 class LinearSVM:
@@ -167,7 +169,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--centroids", type=int, default=1600, help="K")
     parser.add_argument("--seed", type=int, default=0)
     typed = parser.parse_args(argv)
-    keep_freed_memory()
     images = load_dataset("imagefolder", typed.data_dir)
     metrics = run(images, typed.centroids, typed.seed)
     print(metrics)
