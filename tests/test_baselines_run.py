@@ -212,27 +212,15 @@ def test_the_yardstick_needs_labels_and_has_a_class_for_each_output(in_tmp, shor
     assert torch.load("runs/a/encoder.pt", weights_only=True)["architecture"]["dim"] == 10
 
 
-# With the dense encoder both of these gain less than this in 240 steps; why is open.
-UNSETTLED = pytest.mark.xfail(reason="not settled for the dense encoder")
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # a minute alone, many beside other work
 @pytest.mark.parametrize(
     "flags,gain",
     [
         ("supervised --subset 1000 --epochs 12 --patches 4", 0.1),
         ("empssl --subset 2000 --patches 20 --augmentation paper --batch 50", 0.05),
-        pytest.param(
-            "simclr --subset 2000 --epochs 12 --batch 100 --augmentation paper --negatives 1",
-            0.02,
-            marks=UNSETTLED,
-        ),
-        pytest.param(
-            "simclr --subset 2000 --epochs 12 --batch 100 --augmentation noise --noise 0.5",
-            0.02,
-            marks=UNSETTLED,
-        ),
+        ("simclr --subset 2000 --epochs 12 --batch 100 --augmentation paper --negatives 1", 0.02),
+        ("simclr --subset 2000 --epochs 12 --batch 100 --augmentation noise --noise 0.5", 0.1),
     ],
     ids=["supervised", "empssl", "one-negative", "noise-alone"],
 )
