@@ -492,6 +492,8 @@ def test_a_try_is_the_preset_with_its_changes(in_tmp, monkeypatch):
         "plain": search.Try(0.5, tiny, images=10),
         "narrow": search.Try(0.6, tiny, stages="54 + 8", images=10),
         "one-step": search.Try(0.7, tiny, newton_schulz=1, images=10),
+        "constant": search.Try(0.8, tiny, decay=0.25, images=10),
+        "whitened": search.Try(0.9, tiny, stages="w216 8", images=10),
     }
     monkeypatch.setattr(search, "holdout", split)
     monkeypatch.setattr(search, "TRIES", tries)
@@ -503,23 +505,33 @@ def test_a_try_is_the_preset_with_its_changes(in_tmp, monkeypatch):
         return train(encoder, *rest)
 
     monkeypatch.setattr(empssl, "train", watched)
-    before = empssl.small_backbone, empssl.orthogonal
+    before = empssl.small_backbone, empssl.orthogonal, empssl.cosine
     search.main(["--data-dir", str(folder), "--seeds", "1"])
-    assert (empssl.small_backbone, empssl.orthogonal) == before
+    assert (empssl.small_backbone, empssl.orthogonal, empssl.cosine) == before
     kept = records.read("laptop")
-    assert [r["name"] for r in kept] == ["try-plain", "try-narrow", "try-one-step"]
-    assert [r["predicted"] for r in kept] == [0.5, 0.6, 0.7]
+    assert [r["name"] for r in kept] == [f"try-{name}" for name in tries]
+    assert [r["predicted"] for r in kept] == [0.5, 0.6, 0.7, 0.8, 0.9]
     assert all(set(records.PROVENANCE) <= set(r) for r in kept)
     assert all(0 <= r["metrics"]["quadrants_top1"] <= 1 for r in kept)
-    plain, narrow, one_step = (encoder.state_dict() for encoder in encoders)
+    plain, narrow, one_step, constant, whitened = (e.state_dict() for e in encoders)
     assert narrow["represent.0.weight"].shape == (16, 8)
     assert plain["represent.0.weight"].shape == (16, 256)
     assert not torch.equal(plain["represent.0.weight"], one_step["represent.0.weight"])
+    assert not torch.equal(plain["represent.0.weight"], constant["represent.0.weight"])
+    # Its first filters whiten still, each with its negative.
+    first = whitened["backbone.0.weight"]
+    assert first.shape == (216, 3, 6, 6) and torch.equal(first[:108], -first[108:])
+    assert not encoders[-1].backbone[0].weight.requires_grad
     # What is kept is not done again, and what nobody wrote down is a sentence.
     monkeypatch.setattr(empssl, "train", lambda *_: pytest.fail("it ran again"))
     search.main(["--data-dir", str(folder), "--seeds", "1", "plain"])
     with pytest.raises(UsageError, match="There is no try sideways"):
         search.main(["sideways"])
+
+
+def test_a_constant_rate_falls_to_nothing_in_its_last_part():
+    rates = [search.falling_late(0.25, 0.1, t, 100) for t in (0, 50, 75, 80, 90, 100)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.08, 0.04, 0])
 
 
 def test_the_tries_of_today_have_settings_and_predictions():

@@ -34,6 +34,7 @@ class Try(NamedTuple):
     stages: str = "64 + 256 + +"  # of the encoder, as `small_backbone` reads them
     newton_schulz: int = 5  # steps
     images: int = 15_000
+    decay: float | None = None  # the last share of steps, in which a constant rate falls to 0
 
 
 TRIES = {
@@ -44,12 +45,17 @@ TRIES = {
     "faster": Try(0.710, "--epochs 3 --lr 0.3"),
     "faster-three-steps": Try(0.710, "--epochs 3 --lr 0.3", newton_schulz=3),
     "three-steps": Try(0.719, newton_schulz=3),
+    "constant": Try(0.715, "--epochs 3 --lr 0.1", decay=0.25),
     # What is seen.
     "paper": Try(0.725, "--epochs 3 --augmentation paper"),
     "faster-paper": Try(0.710, "--epochs 3 --lr 0.3 --augmentation paper"),
     "faster-batch-100": Try(0.700, "--epochs 3 --batch 100 --lam 200 --dim 1024 --lr 0.3"),
     "batch-100": Try(0.705, "--epochs 3 --batch 100 --lam 200 --dim 1024 --lr 0.2"),
     "patches-4": Try(0.730, "--epochs 6 --patches 4"),
+    "batch-25": Try(0.720, "--epochs 3 --batch 25 --lam 50 --dim 256"),
+    # Patches of an image at about the pairwise cosine that the preset has.
+    "patches-4-lambda-140": Try(0.718, "--epochs 6 --patches 4 --lam 140"),
+    "patches-12-lambda-92": Try(0.712, "--epochs 2 --patches 12 --lam 92"),
     "preset-45000": Try(0.765, images=45_000),
     "paper-45000": Try(0.765, "--epochs 3 --augmentation paper", images=45_000),
     "batch-100-45000": Try(
@@ -61,6 +67,8 @@ TRIES = {
     # The encoder.
     "hidden-4096": Try(0.730, "--epochs 3 --hidden 4096"),
     "deeper": Try(0.725, stages="64 + 192 + + +"),
+    "whitened": Try(0.718, stages="w256 256 + +"),
+    "whitened-512": Try(0.715, stages="w512 256 +"),
     "faster-hidden-1024": Try(0.705, "--epochs 3 --lr 0.3 --hidden 1024"),
     "faster-hidden-1024-shallow": Try(0.705, "--epochs 4 --lr 0.3 --hidden 1024", "128 256 +"),
     "faster-hidden-1024-three-stages": Try(
@@ -72,15 +80,28 @@ TRIES = {
 
 
 def small_backbone(stages: str) -> tuple[nn.Sequential, int]:
-    """A number is a convolution to so many channels that halves the sides, a + a residual one."""
+    """A number is a convolution to so many channels that halves the sides, a + a residual one.
+
+    With a w before it, for the first one, it is of 6x6 pixels, and stays as `whiten` begins it.
+    """
     layers, width = [], 3
     for stage in stages.split():
         if stage == "+":
             layers.append(residual(width))
+        elif stage.startswith("w"):
+            width = int(stage[1:])
+            layers += convolution(3, width, stride=2)
+            frozen = nn.Conv2d(3, width, kernel_size=6, stride=2, padding=2, bias=False)
+            layers[0] = frozen.requires_grad_(False)
         else:
             layers += convolution(width, int(stage), stride=2)
             width = int(stage)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width
+
+
+def falling_late(decay: float, lr: float, t: int, T: int) -> float:
+    """In the place of `empssl.cosine`: constant, then in a straight line to 0."""
+    return lr * min(1, (1 - t / T) / decay)
 
 
 class Split(NamedTuple):
@@ -127,6 +148,8 @@ def carry_out(tried: Try, config: empssl.Config, data: Dataset) -> dict:
         "small_backbone": lambda drop_last_stage: small_backbone(tried.stages),
         "orthogonal": functools.partial(empssl.orthogonal, steps=tried.newton_schulz),
     }
+    if tried.decay:
+        substitutes["cosine"] = functools.partial(falling_late, tried.decay)
     with mock.patch.multiple(empssl, **substitutes):
         encoder = empssl.new_encoder(config, train.images)
         augmentation = empssl.training_augmentation(config, train.images.shape[2:])
