@@ -16,7 +16,7 @@ from empssl_support.settings import check_sizes
 from recipes import plain_folder
 from study.baselines.common import views
 from study.benchmarks import ops, pipelines, step
-from study.experiments import laptop, paper, peers, records, runs, search, tables, transfer
+from study.experiments import laptop, paper, peers, records, runs, search, tables, transfer, trials
 from study.experiments.runs import Recipe
 
 CPU = torch.device("cpu")
@@ -463,30 +463,34 @@ def labelled_images(folder, each=8):
 
 def test_tries_see_training_images_alone_and_none_twice(in_tmp):
     data = load_dataset("imagefolder", labelled_images(in_tmp / "photos"))
-    train, test = search.holdout(data, images=8, test=4)
-    assert [part.labels.bincount().tolist() for part in (train, test)] == [[4, 4], [2, 2]]
+    part = trials.holdout(data, images=8, test=4)
+    train, test = part[:2], part[2:4]
+    assert [y.bincount().tolist() for _, y in (train, test)] == [[4, 4], [2, 2]]
     kept = list(zip(data.train_images, data.train_labels.tolist()))
     places = []
-    for part in (train, test):
-        for image, label in zip(part.images, part.labels.tolist()):
+    for images, labels in (train, test):
+        for image, label in zip(images, labels.tolist()):
             (place,) = [i for i, (x, y) in enumerate(kept) if y == label and torch.equal(x, image)]
             places.append(place)
     assert len(set(places)) == 12
     # With other images to train on, those to test on are the same.
-    fewer, same = search.holdout(data, images=4, test=4)
-    assert torch.equal(same.images, test.images) and len(fewer.images) == 4
+    fewer = trials.holdout(data, images=4, test=4)
+    assert torch.equal(fewer.test_images, part.test_images) and len(fewer.train_images) == 4
+    # Beside the test images stand the same ones to train on.
+    beside = trials.fewer(data, images=4)
+    assert len(beside.train_images) == 4 and torch.equal(beside.test_images, data.test_images)
 
 
 def test_too_few_images_for_tries_are_a_sentence(in_tmp):
     data = load_dataset("imagefolder", labelled_images(in_tmp / "photos"))
-    with pytest.raises(UsageError, match="cat has 8 training images; the tries need 9"):
-        search.holdout(data, images=12, test=6)
+    with pytest.raises(UsageError, match="cat has 8 training images; give it 9"):
+        trials.holdout(data, images=12, test=6)
 
 
 def test_a_try_is_the_preset_with_its_changes(in_tmp, monkeypatch):
     """The whole command on a few images: what a try changes is what is trained."""
     folder = labelled_images(in_tmp / "photos")
-    split = functools.partial(search.holdout, test=6)
+    split = functools.partial(trials.holdout, test=6)
     tiny = f"{TINY} --batch 5"
     tries = {
         "plain": search.Try(0.5, tiny, images=10),
@@ -537,4 +541,4 @@ def test_a_constant_rate_falls_to_nothing_in_its_last_part():
 def test_the_tries_of_today_have_settings_and_predictions():
     for tried in search.TRIES.values():
         assert 0 < tried.predicted < 1
-        assert search.settings(tried, 3, "photos").seed == 3
+        assert search.trial("it", tried, 3, "photos").settings().seed == 3

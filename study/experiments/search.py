@@ -7,23 +7,19 @@ of them; the test images stay unseen. It is a line of laptop.jsonl, with the acc
 predicted to have. One that was stopped begins again.
 """
 
-import dataclasses
 import functools
-import random
-import shlex
 from typing import NamedTuple
 from unittest import mock
 
-from torch import Tensor, nn
+from torch import nn
 
 import empssl
 from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import Dataset, load_dataset
-from empssl_support.machine import keep_freed_memory, provenance
-from empssl_support.settings import read_settings
+from empssl_support.machine import keep_freed_memory
 from empssl_support.small import convolution, residual
-from study.experiments.records import keep, read
 from study.experiments.runs import flags
+from study.experiments.trials import Trial, all_of, holdout, probe, train
 
 
 class Try(NamedTuple):
@@ -104,46 +100,17 @@ def falling_late(decay: float, lr: float, t: int, T: int) -> float:
     return lr * min(1, (1 - t / T) / decay)
 
 
-class Split(NamedTuple):
-    images: Tensor  # (N, 3, H, W) uint8
-    labels: Tensor  # (N,)
+def trial(name: str, tried: Try, seed: int, data_dir: str) -> Trial:
+    where = f"--dataset imagefolder --data-dir {data_dir} --preset laptop --device cpu"
+    flags = f"--method empssl {where} {tried.flags}"
+    return Trial(f"try-{name}", flags, seed, about=tried._asdict())
 
 
-def holdout(data: Dataset, images: int, test: int = 5_000) -> tuple[Split, Split]:
-    """Training images, as many of each class, and always the same others to test on.
-
-    Raises `UsageError` where a class has too few.
-    """
-    train_rows, test_rows = [], []
-    each, held_out = images // len(data.classes), test // len(data.classes)
-    for label, of_class in enumerate(data.classes):
-        rows = (data.train_labels == label).nonzero().flatten().tolist()
-        if len(rows) < each + held_out:
-            raise UsageError(
-                f"{of_class} has {len(rows)} training images; the tries need {each + held_out}."
-            )
-        random.Random(0).shuffle(rows)
-        # From three tenths on: where they were in the first tries, on 15,000 images.
-        start = 3 * len(rows) // 10
-        test_rows += rows[start : start + held_out]
-        train_rows += (rows[:start] + rows[start + held_out :])[:each]
-    return split(data, train_rows), split(data, test_rows)
-
-
-def split(data: Dataset, rows: list[int]) -> Split:
-    return Split(data.train_images[rows], data.train_labels[rows])
-
-
-def settings(tried: Try, seed: int, data_dir: str) -> empssl.Config:
-    words = f"--dataset imagefolder --data-dir {data_dir} --preset laptop --device cpu"
-    words = shlex.split(f"{words} {tried.flags} --seed {seed}")
-    return read_settings(empssl.Config, empssl.PRESETS, words, "")
-
-
-def carry_out(tried: Try, config: empssl.Config, data: Dataset) -> dict:
-    """The record of a try, but for its name."""
-    train, test = holdout(data, tried.images)
-    # Its encoder and its Newton-Schulz steps stand in the place of the preset's.
+def carry_out(trial: Trial, data: Dataset) -> dict:
+    """The metrics of a try."""
+    tried = Try(**trial.about)
+    part = holdout(data, tried.images)
+    # Its encoder, its Newton-Schulz steps and its schedule stand in the place of the preset's.
     substitutes = {
         "small_backbone": lambda drop_last_stage: small_backbone(tried.stages),
         "orthogonal": functools.partial(empssl.orthogonal, steps=tried.newton_schulz),
@@ -151,17 +118,8 @@ def carry_out(tried: Try, config: empssl.Config, data: Dataset) -> dict:
     if tried.decay:
         substitutes["cosine"] = functools.partial(falling_late, tried.decay)
     with mock.patch.multiple(empssl, **substitutes):
-        encoder = empssl.new_encoder(config, train.images)
-        augmentation = empssl.training_augmentation(config, train.images.shape[2:])
-        metrics = empssl.train(encoder, train.images, config, augmentation)
-    h = empssl.features_to_probe(encoder, train.images, config)
-    test_h = empssl.features_to_probe(encoder, test.images, config)
-    y, test_y = train.labels, test.labels
-    metrics["linear_top1"], _ = empssl.linear_probe(h.bag, y, test_h.bag, test_y)
-    metrics["quadrants_top1"], _ = empssl.linear_probe(h.quadrants, y, test_h.quadrants, test_y)
-    metrics["knn_top1"] = empssl.knn_probe(h.bag, y, test_h.bag, test_y)
-    record = dataclasses.asdict(config) | tried._asdict() | provenance("cpu")
-    return record | {"metrics": metrics}
+        encoder, metrics = train(trial.settings(), part)
+    return metrics | probe(encoder, trial.settings(), part)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,16 +129,12 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(typed.names) - TRIES.keys():
         raise UsageError(f"There is no try {min(unknown)}; there are {', '.join(TRIES)}.")
     keep_freed_memory()
-    kept = {(record["name"], record["seed"]) for record in read("laptop")}
     data = load_dataset("imagefolder", typed.data_dir)
+    trials = []
     for seed in range(typed.seeds):
         for name in typed.names or TRIES:
-            if (f"try-{name}", seed) in kept:
-                continue
-            config = settings(TRIES[name], seed, typed.data_dir)
-            record = carry_out(TRIES[name], config, data)
-            print(name, seed, record["metrics"], flush=True)
-            keep("laptop", record | {"name": f"try-{name}"})
+            trials.append(trial(name, TRIES[name], seed, typed.data_dir))
+    all_of("laptop", trials, data, carry_out)
 
 
 if __name__ == "__main__":
