@@ -1,0 +1,147 @@
+"""The claims of others: what is compared is alike in what the claim says, and decided by rule."""
+
+import pytest
+
+import empssl
+from empssl_support.cli import UsageError
+from empssl_support.data import load_dataset
+from study.baselines.common import views
+from study.experiments import claims, methods, records
+
+
+@pytest.fixture
+def searched(monkeypatch, tmp_path):
+    """The methods' best tries: SimCLR by Muon, for 12 epochs."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    for method, optimizer in (("simclr", "muon"), ("single", "sgd"), ("vicreg", "lars")):
+        chosen = f"{methods.with_optimizer(optimizer)} --lr 0.4"
+        about = {"method": method, "chosen": chosen, "epochs": 12, "lr": 0.4, "seed": 0}
+        metrics = {"linear_top1": 0.6}
+        records.keep("methods", {"name": f"search-{method}", "metrics": metrics} | about)
+
+
+@pytest.fixture
+def made(searched, monkeypatch):
+    """Instead of training: seconds by the images, an accuracy by the rate. Returns all made."""
+    made = []
+
+    def speed(trial, data):
+        return {"seconds_an_epoch": trial.about["images"] / 1000, "train_seconds": 1.0}
+
+    def score(trial, data):
+        config = trial.settings()
+        made.append((trial, config))
+        return {"linear_top1": 1 / (1 + abs(config.lr - 0.8)), "train_seconds": 1.0}
+
+    monkeypatch.setattr(claims, "load_dataset", lambda *_: None)
+    monkeypatch.setattr(claims, "train_alone", speed)
+    monkeypatch.setattr(claims, "score_on_held_out", score)
+    monkeypatch.setattr(claims, "carry_out", score)
+    return made
+
+
+def test_variants_have_the_seconds_epochs_or_steps_that_they_are_given(made):
+    for what in ("speed", "search", "compare"):
+        claims.main([what, "--seeds", "1"])
+    of = {t.name: (t, c) for t, c in made}
+    assert of["simclr"][1].epochs == 12
+    # 60 s of 2 s an epoch; 60 s of 15 s.
+    assert of["few-simclr"][1].epochs == 30 and of["small-simclr"][1].epochs == 4
+    assert of["single-5000"][1].epochs == 100
+    # A third of the images for three times the epochs: as many steps.
+    assert of["a-third-of-the-images"][0].about["images"] == 5000
+    assert of["a-third-of-the-images"][1].epochs == 36
+    assert "--drop-last-stage" in of["last-stage-added"][0].about["before"]
+    assert not of["last-stage-added"][1].drop_last_stage
+    # Each batch has the rate that was best on held-out images, of three; other runs the method's.
+    assert of["batch-64"][1].lr == 0.4 and of["batch-1024"][1].lr == 0.8
+    assert of["one-negative"][1].lr == 0.4
+    for _, config in made:
+        views(config, (32, 32))
+
+
+def test_the_runs_of_a_claim_are_alike_in_what_it_says(searched, made):
+    for what in ("speed", "search", "compare"):
+        claims.main([what, "--seeds", "1"])
+    of = {t.name: (t, c) for t, c in made}
+    for claim in claims.CLAIMS:
+        first, second = of[claim.first], of[claim.second]
+        if claim.equal == "epochs":
+            assert first[1].epochs == second[1].epochs, claim
+            assert first[0].about["images"] == second[0].about["images"], claim
+        if claim.equal == "steps":
+            steps = [t.about["images"] * c.epochs // c.batch for t, c in (first, second)]
+            assert steps[0] == steps[1], claim
+        if claim.equal == "seconds":
+            budgets = []
+            for name in (claim.first, claim.second):
+                variant = claims.VARIANTS[name]
+                before = claims.VARIANTS[variant.before].seconds if variant.before else 0
+                budgets.append(variant.seconds + before)
+            assert budgets[0] == budgets[1], claim
+
+
+def test_what_comes_first_is_said(searched):
+    with pytest.raises(UsageError, match="claims speed first"):
+        claims.epochs_of("few-simclr")
+    with pytest.raises(UsageError, match="claims search first"):
+        claims.best_rate("batch-64")
+
+
+def test_differences_are_of_pairs_of_one_seed_in_points(searched):
+    for name, accuracies in (("a", (0.5, 0.6, 0.7)), ("b", (0.4, 0.55))):
+        for seed, top1 in enumerate(accuracies):
+            records.keep("claims", {"name": name, "seed": seed, "metrics": {"linear_top1": top1}})
+    claim = claims.Claim("paper", "a is better", "a", "b", "epochs")
+    assert claims.differences(claim) == pytest.approx([10, 5])
+
+
+@pytest.mark.parametrize(
+    "points,above,said",
+    [
+        ([3.0, 4.0, 5.0], 0.0, "holds"),
+        ([-3.0, -4.0, -5.0], 0.0, "does not hold here"),
+        ([-0.2, 0.0, 0.2], -1.0, "holds"),  # no worse by a point
+        ([-2.2, -2.0, -1.8], -1.0, "does not hold here"),
+        ([5.0, -4.0, 1.0], 0.0, "not decided"),
+        ([5.0, 5.0], 0.0, "not decided"),
+        ([], 0.0, "not decided"),
+    ],
+)
+def test_a_verdict_asks_for_twice_the_standard_error(points, above, said):
+    assert claims.verdict(points, above) == said
+
+
+SMALL = "--method simclr --dataset shapes --preset laptop --device cpu --augmentation light "
+SMALL += "--batch 10 --hidden 8 --projector 8 --dim 4 --eval-patches 1 --precision float32"
+
+
+def test_the_last_stage_is_trained_upon_what_was_trained_without_it(monkeypatch):
+    data = load_dataset("shapes", subset=300)
+    monkeypatch.setattr(claims, "IMAGES", 40)
+    about = {"images": 20, "before": f"{SMALL} --drop-last-stage"}
+    trial = claims.Trial("a", SMALL, 0, about)
+    encoders = []
+    train = claims.train
+
+    def watched(config, part):
+        encoder, metrics = train(config, part)
+        encoders.append(encoder)
+        return encoder, metrics
+
+    monkeypatch.setattr(claims, "train", watched)
+    metrics = claims.carry_out(trial, data)
+    first, second = (encoder.backbone.state_dict() for encoder in encoders)
+    counts = "num_batches_tracked"
+    assert all((second[k] == v).all() for k, v in first.items() if not k.endswith(counts))
+    assert len(second) > len(first)
+    assert metrics["seconds_before"] > 0 and metrics["patches_seen"] == 40
+    assert 0 <= metrics["linear_top1"] <= 1
+
+
+def test_an_untrained_encoder_is_probed_without_training(monkeypatch):
+    data = load_dataset("shapes", subset=300)
+    monkeypatch.setattr(claims, "IMAGES", 40)
+    monkeypatch.setattr(empssl, "train", lambda *_: pytest.fail("it was trained"))
+    metrics = claims.carry_out(claims.Trial("a", f"{SMALL} --eval-only", 0, {"images": 20}), data)
+    assert set(metrics) == {"linear_top1", "knn_top1"}
