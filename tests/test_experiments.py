@@ -16,7 +16,18 @@ from empssl_support.settings import check_sizes
 from recipes import plain_folder
 from study.baselines.common import views
 from study.benchmarks import ops, pipelines, step
-from study.experiments import laptop, paper, peers, records, runs, search, tables, transfer, trials
+from study.experiments import (
+    laptop,
+    network,
+    paper,
+    peers,
+    records,
+    runs,
+    search,
+    tables,
+    transfer,
+    trials,
+)
 from study.experiments.runs import Recipe
 
 CPU = torch.device("cpu")
@@ -134,7 +145,7 @@ def test_a_run_that_fails_ends_the_command_with_its_code(results, monkeypatch):
     monkeypatch.setattr(runs, "run", lambda command: 2)
     monkeypatch.setattr(runs, "estimate", lambda recipes: 0.0)
     with pytest.raises(SystemExit) as stop:
-        transfer.main(["--from", "nothing", "--to", "nowhere"])
+        laptop.main(["--seeds", "1"])
     assert stop.value.code == 2 and not results.exists()
 
 
@@ -423,32 +434,97 @@ def test_the_parts_of_a_step_are_kept_and_drawn(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_transfer_between_two_folders_runs_once_and_keeps_its_records(in_tmp, monkeypatch):
+def test_programs_are_run_once_probed_resumed_and_keep_their_records(in_tmp, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
-    for name in ("birds", "fish"):
-        for part, count in (("train", 60), ("test", 10)):
-            plain_folder(in_tmp / name / part / "large", count)
-            plain_folder(in_tmp / name / part / "small", count)
-    command = ["--from", "birds", "--to", "fish", "--seeds", "1"]
-    transfer.main(command)
-    found = {r["name"]: r for r in records.read("transfer")}
-    assert set(found) == {"birds", "birds-to-fish"}
-    probe = found["birds-to-fish"]["probe"]
-    assert probe["checkpoint"] == "runs/transfer-birds-seed0/encoder.pt"
-    assert probe["data_dir"] == "fish" and found["birds-to-fish"]["data_dir"] == "birds"
-    assert all("linear_top1" in r["metrics"] for r in found.values())
+    folder = labelled_images(in_tmp / "my photos", each=30)
+    data = f"--dataset imagefolder --data-dir {shlex.quote(str(folder))} --preset laptop {TINY}"
+    ours = Recipe("demo", "ours", f"{data} --device cpu", 0)
+    probe = f"{data} --device cpu --eval-only --eval-patches 1"
+    probed = Recipe("demo", "probed", probe, 0, probes="ours")
+    trained, record = runs.start(ours), runs.start(probed)
+    assert record["probe"]["checkpoint"] == "runs/demo-ours-seed0/encoder.pt"
+    assert record["metrics"]["patches_seen"] == trained["metrics"]["patches_seen"]
+    assert all(r["command"].startswith("python empssl.py ") for r in (trained, record))
     # A peer is a program of its own, which is resumed where its record is lost.
-    data = "--dataset imagefolder --data-dir fish --preset laptop --device cpu"
-    simclr = Recipe("demo", "simclr", f"{data} --method simclr {TINY}", 0)
+    simclr = Recipe("demo", "simclr", f"{data} --device cpu --method simclr", 0)
     record = runs.start(simclr)
     (in_tmp / "results" / "demo.jsonl").unlink()
     assert runs.start(simclr) == record and record["method"] == "simclr"
     assert record["command"].startswith("python -m study.baselines ")
-    assert all(r["command"].startswith("python empssl.py ") for r in found.values())
     monkeypatch.setattr(runs, "run", lambda command: pytest.fail("it ran again"))
-    transfer.main(command)
+    runs.start(simclr)
+
+
+def test_the_papers_network_is_seen_after_one_epoch_and_two(stand_in, monkeypatch):
+    monkeypatch.setattr(runs, "estimate", lambda recipes: 0.0)
+    network.main([])
+    found = {r["name"]: r for r in records.read("network")}
+    assert list(found) == [
+        "native-1-epoch",
+        "native-16-crops-of-5000",
+        "native-128-crops-of-5000",
+        "native-2-epochs",
+    ]
+    one, two = found["native-1-epoch"], found["native-2-epochs"]
+    assert (one["backbone"], one["patches"], one["patch_size"]) == ("resnet18", 20, 16)
+    assert (two["epochs"], two["probe_epochs"]) == (2, "1")
+    probe = found["native-128-crops-of-5000"]["probe"]
+    assert (probe["eval_patches"], probe["eval_augmentation"]) == (128, "train")
+    assert probe["subset"] == 5000
+    network.main(["--enlarged"])
+    assert records.read("network")[-1]["patch_size"] is None  # the image's
+
+
+# ---- encoders on other images ----
+
+
+def test_transfer_is_to_any_folder_and_to_some_classes(in_tmp, monkeypatch):
+    folder = labelled_images(in_tmp / "my photos", each=30)
+    trial = transfer.trial
+
+    def tiny(method, source, target, changes, seed, most=None):
+        changes = f"--preset laptop --device cpu --precision float32 {TINY} {changes}"
+        return trial(method, source, target, changes, seed, most)
+
+    monkeypatch.setattr(transfer, "trial", tiny)
+    transfer.main(["--from", str(folder), "--to", "shapes", "--seeds", "1"])
+    transfer.main(["--from", "shapes:0-4", "--to", "shapes:5-9", "--seeds", "1"])
+    to_shapes, to_others = records.read("transfer")
+    assert to_shapes["name"] == "empssl-from-my photos-to-shapes"
+    assert to_others["name"] == "empssl-from-shapes-0-4-to-shapes-5-9"
+    for record in (to_shapes, to_others):
+        assert 0 <= record["metrics"]["linear_top1"] <= 1
+        assert 0 <= record["metrics"]["source_linear_top1"] <= 1
+    monkeypatch.setattr(transfer, "carry_out", lambda *_: pytest.fail("it ran again"))
+    transfer.main(["--from", "shapes:0-4", "--to", "shapes:5-9", "--seeds", "1"])
+
+
+def test_some_classes_are_their_images_numbered_from_0():
+    data = load_dataset("shapes", subset=200)
+    others = transfer.images("shapes:5-9", "data")
+    assert others.classes == data.classes[5:]
+    whole = load_dataset("shapes")
+    rows = (whole.train_labels >= 5).nonzero().flatten()
+    assert torch.equal(others.train_images, whole.train_images[rows])
+    assert torch.equal(others.train_labels, whole.train_labels[rows] - 5)
+    assert set(others.test_labels.tolist()) == set(range(5))
+    for wrong in ("shapes:5-10", "shapes:x", "shapes:4-3"):
+        with pytest.raises(UsageError, match="names no classes of shapes, which has 10"):
+            transfer.images(wrong, "data")
+
+
+def test_the_table_of_transfer_has_each_method_at_its_best(results):
+    for method in ("simclr", "vicreg"):
+        about = {"method": method, "chosen": "--optimizer lars --lr 1.5", "epochs": 12, "seed": 0}
+        records.keep("methods", {"name": "search-" + method, "metrics": {"linear_top1": 1}} | about)
+    found = transfer.of_the_table("photos", seeds=2)
+    assert len(found) == 2 * 4 * 3
+    settings = {t.name: t.settings() for t in found}
+    assert settings["simclr-from-photos-0-4-to-photos-5-9"].lr == 1.5
+    assert settings["simclr-from-shapes-to-photos"].epochs == 12
+    assert settings["empssl-from-photos-to-shapes"].epochs == 3
+    assert settings["empssl-from-shapes-to-photos"].dataset == "shapes"
 
 
 # ---- tries for the preset ----

@@ -4,6 +4,8 @@ Ten minutes, the same with all labels, an hour, and `shapes`, on two cores. Reco
 laptop.jsonl and shapes.jsonl.
 """
 
+import shlex
+
 from empssl_support.cli import one_sentence
 from study.experiments.runs import Recipe, flags, start_all
 
@@ -12,7 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     about = "Ten minutes, the same with all labels, an hour; and shapes."
     typed = flags(about, "data/cifar10-jpeg").parse_args(argv)
     preset = "--preset laptop --device cpu"
-    bench = f"--dataset imagefolder --data-dir {typed.data_dir} {preset}"
+    bench = f"--dataset imagefolder --data-dir {shlex.quote(typed.data_dir)} {preset}"
     recipes = []
     for seed in range(typed.seeds):
         supervised = f"{bench} --epochs 4 --method supervised"

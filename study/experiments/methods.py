@@ -8,6 +8,8 @@ All train on 15,000 images with preset laptop's encoder and EMP-SSL's patches as
 are those of three epochs of EMP-SSL. Records are kept in methods.jsonl.
 """
 
+import shlex
+
 from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import Dataset, load_dataset
 from empssl_support.machine import keep_freed_memory
@@ -28,7 +30,8 @@ FACTORS_OF_TEMPERATURE = (1 / 2, 2)  # of the published temperature
 
 
 def flags_of(method: str, data_dir: str, changes: str = "") -> str:
-    flags = f"--method {method} --dataset imagefolder --data-dir {data_dir} --preset laptop"
+    folder = shlex.quote(data_dir)
+    flags = f"--method {method} --dataset imagefolder --data-dir {folder} --preset laptop"
     return f"{flags} --device cpu --augmentation light {changes}".strip()
 
 

@@ -5,6 +5,8 @@ epochs are also probed after 1 and 10, as the paper has it. Records are kept in 
 on, those of a --subset in rehearsal.jsonl. On a CPU they take days: refused unless --anyway.
 """
 
+import shlex
+
 from empssl_support.cli import one_sentence
 from study.experiments.runs import Recipe, flags, start_all
 
@@ -17,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--subset", type=int, help="of the training images: a rehearsal")
     parser.add_argument("--anyway", action="store_true", help="on a CPU too, whatever it takes")
     typed = parser.parse_args(argv)
-    bench = f"--dataset {typed.dataset} --data-dir {typed.data_dir} --preset paper"
+    folder = shlex.quote(typed.data_dir)
+    bench = f"--dataset {typed.dataset} --data-dir {folder} --preset paper"
     table = typed.dataset
     if typed.subset:
         bench += f" --subset {typed.subset}"

@@ -5,6 +5,8 @@ epoch; then again, where more fit, for as many epochs as take the seconds of EMP
 are kept in peers.jsonl.
 """
 
+import shlex
+
 from empssl_support.cli import one_sentence
 from study.experiments.runs import Recipe, flags, start_all
 
@@ -77,8 +79,8 @@ def equal_seconds(recipes: list[Recipe]) -> list[Recipe]:
 def main(argv: list[str] | None = None) -> None:
     about = "Each method and each ablation, for one epoch and at equal seconds."
     typed = flags(about, "data/cifar10-jpeg").parse_args(argv)
-    bench = f"--dataset imagefolder --data-dir {typed.data_dir} --subset 15000"
-    bench += " --preset laptop --device cpu"
+    bench = f"--dataset imagefolder --data-dir {shlex.quote(typed.data_dir)}"
+    bench += " --subset 15000 --preset laptop --device cpu"
     recipes = []
     for seed in range(typed.seeds):
         for line in (METHODS if seed else METHODS + ABLATIONS).splitlines():

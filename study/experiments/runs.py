@@ -168,6 +168,6 @@ def start_all(recipes: list[Recipe], may_be_long: bool = True) -> None:
 def flags(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
     """Those that the commands share."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--data-dir", default=data_dir, type=shlex.quote, help="as empssl.py's")
+    parser.add_argument("--data-dir", default=data_dir, help="as empssl.py's")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     return parser

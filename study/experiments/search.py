@@ -8,6 +8,7 @@ predicted to have. One that was stopped begins again.
 """
 
 import functools
+import shlex
 from typing import NamedTuple
 from unittest import mock
 
@@ -101,8 +102,8 @@ def falling_late(decay: float, lr: float, t: int, T: int) -> float:
 
 
 def trial(name: str, tried: Try, seed: int, data_dir: str) -> Trial:
-    where = f"--dataset imagefolder --data-dir {data_dir} --preset laptop --device cpu"
-    flags = f"--method empssl {where} {tried.flags}"
+    where = f"--dataset imagefolder --data-dir {shlex.quote(data_dir)}"
+    flags = f"--method empssl {where} --preset laptop --device cpu {tried.flags}"
     return Trial(f"try-{name}", flags, seed, about=tried._asdict())
 
 

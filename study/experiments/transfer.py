@@ -1,35 +1,126 @@
-"""An encoder probed on other images than it has seen: python -m study.experiments.transfer
+"""Encoders probed on other images than they were trained on.
 
-CIFAR-10's on CIFAR-100, or between any two of these and folders of images: --from A --to B. Both
-are probed, A's own images too if they have labels. Records are kept in transfer.jsonl.
+    python -m study.experiments.transfer                    the table: see PAIRS
+    python -m study.experiments.transfer --from A --to B    EMP-SSL between any two
+
+A and B are data sets' names or folders of images; `photos:0-4` is the first five classes of photos.
+Records are kept in transfer.jsonl.
 """
 
 import shlex
 from pathlib import Path
 
-from empssl_support.cli import one_sentence
-from study.experiments.runs import Recipe, flags, start_all
+from empssl_support.cli import UsageError, one_sentence
+from empssl_support.data import DATASETS, Dataset, load_dataset
+from empssl_support.machine import keep_freed_memory
+from study.experiments.methods import EPOCHS, IMAGES, best_try
+from study.experiments.runs import flags
+from study.experiments.trials import Trial, all_of, fewer, probe_bag, train
+
+METHODS = ("empssl", "simclr", "vicreg")
 
 
-def data(where: str, data_dir: str) -> str:
-    if where in ("cifar10", "cifar100"):
-        return f"--dataset {where} --data-dir {data_dir}"
-    return f"--dataset imagefolder --data-dir {shlex.quote(where)}"
+def pairs(folder: str) -> list[tuple[str, str]]:
+    """Of the table: trained on the first, probed on the second."""
+    first, others = f"{folder}:0-4", f"{folder}:5-9"
+    return [(first, others), (others, first), (folder, "shapes"), ("shapes", folder)]
+
+
+def images(where: str, data_dir: str) -> Dataset:
+    """Raises `UsageError` where the classes are not all there, and as `load_dataset`."""
+    place, _, classes = where.partition(":")
+    if place in DATASETS:
+        data = load_dataset(place, data_dir)
+    else:
+        data = load_dataset("imagefolder", place)
+    if not classes:
+        return data
+    first, _, last = classes.partition("-")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last) < len(data.classes)):
+        raise UsageError(
+            f"{where} names no classes of {place}, which has {len(data.classes)}; "
+            f"write :0-4 for the first five."
+        )
+    return of_classes(data, int(first), int(last))
+
+
+def of_classes(data: Dataset, first: int, last: int) -> Dataset:
+    """The images of classes `first` to `last`, numbered from 0 on."""
+
+    def those(x, y):
+        rows = (y >= first) & (y <= last)
+        return x[rows], y[rows] - first
+
+    train_images, train_labels = those(data.train_images, data.train_labels)
+    test_images, test_labels = those(data.test_images, data.test_labels)
+    return data._replace(
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        classes=data.classes[first : last + 1],
+    )
+
+
+def name(where: str) -> str:
+    return Path(where).name.replace(":", "-")
+
+
+def trial(method: str, source: str, target: str, changes: str, seed: int, most=None) -> Trial:
+    """most: of training images."""
+    place = source.partition(":")[0]
+    data = f"--dataset {place}" if place in DATASETS else "--dataset imagefolder"
+    if place not in DATASETS:
+        data += f" --data-dir {shlex.quote(place)}"
+    about = {"source": source, "target": target, "images": most}
+    flags = f"--method {method} {data} {changes}"
+    return Trial(f"{method}-from-{name(source)}-to-{name(target)}", flags, seed, about)
+
+
+def of_the_table(folder: str, seeds: int) -> list[Trial]:
+    """Each method as study.experiments.methods found it, for the epochs of equal seconds."""
+    trials = []
+    for seed in range(seeds):
+        for source, target in pairs(folder):
+            for method in METHODS:
+                chosen, epochs = "", EPOCHS
+                if method != "empssl":
+                    best = best_try(method)
+                    chosen, epochs = best["chosen"], best["epochs"]
+                changes = f"--preset laptop --device cpu --augmentation light {chosen}".strip()
+                changes += f" --epochs {epochs}"
+                trials.append(trial(method, source, target, changes, seed, IMAGES))
+    return trials
+
+
+def carry_out(trial: Trial, data_dir: str) -> dict:
+    """The accuracy on the target's test images, and on the source's own where it has labels."""
+    config, most = trial.settings(), trial.about["images"]
+
+    def some(where: str) -> Dataset:
+        data = images(where, data_dir)
+        return fewer(data, most) if most and most < len(data.train_images) else data
+
+    source = some(trial.about["source"])
+    encoder, metrics = train(config, source)
+    metrics |= probe_bag(encoder, config, some(trial.about["target"]))
+    if source.test_labels is not None:
+        own = probe_bag(encoder, config, source)
+        metrics |= {f"source_{key}": value for key, value in own.items()}
+    return metrics
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags("Train on some images, probe on others.")
-    parser.add_argument("--from", dest="source", default="cifar10", help="to train on")
+    parser.add_argument("--from", dest="source", help="to train on; without it, the table")
     parser.add_argument("--to", dest="target", default="cifar100", help="labelled, to probe on")
     typed = parser.parse_args(argv)
-    name = Path(typed.source).name
-    both = f"{name}-to-{Path(typed.target).name}"
-    recipes = []
-    for seed in range(typed.seeds):
-        recipes.append(Recipe("transfer", name, data(typed.source, typed.data_dir), seed))
-        probe = f"{data(typed.target, typed.data_dir)} --eval-only"
-        recipes.append(Recipe("transfer", both, probe, seed, probes=name))
-    start_all(recipes)
+    keep_freed_memory()
+    trials = of_the_table("data/cifar10-jpeg", typed.seeds) if typed.source is None else []
+    if typed.source:
+        for seed in range(typed.seeds):
+            trials.append(trial("empssl", typed.source, typed.target, "", seed))
+    all_of("transfer", trials, typed.data_dir, carry_out)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def record(trial: Trial, metrics: dict) -> dict:
     return about | {"name": trial.name, "features": "grid", "metrics": metrics}
 
 
-def all_of(table: str, trials: list[Trial], data: Dataset, carry_out=carry_out) -> None:
-    """Make the trials whose record is not kept."""
+def all_of(table: str, trials: list[Trial], data, carry_out=carry_out) -> None:
+    """Make the trials whose record is not kept: their metrics are `carry_out(trial, data)`."""
     kept = {(record["name"], record["seed"]) for record in read(table)}
     left = [trial for trial in trials if (trial.name, trial.seed) not in kept]
     print(f"{len(left)} of {len(trials)} trials are left to make")
