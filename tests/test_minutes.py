@@ -1,0 +1,53 @@
+"""Ten minutes of every method: equal seconds, what was probed on the way, seconds to an accuracy."""
+
+import pytest
+
+from empssl_support.data import load_dataset
+from study.experiments import methods, minutes, records, trials
+
+
+@pytest.fixture
+def searched(monkeypatch, tmp_path):
+    """On record: speeds of 40 s and 10 s an epoch, and a best try of each."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    for method in ("empssl", *methods.PEERS):
+        seconds = 40.0 if method == "empssl" else 10.0
+        speed = {"name": f"speed-{method}-muon", "seed": 0, "method": method}
+        records.keep("methods", speed | {"metrics": {"train_seconds": seconds}})
+        about = {"method": method, "chosen": "--optimizer muon --lr 0.4", "optimizer": "muon"}
+        best = {"name": f"search-{method}", "seed": 0, "metrics": {"linear_top1": 1}}
+        records.keep("methods", best | about)
+
+
+def test_each_method_has_the_epochs_that_take_as_many_seconds(searched):
+    found = {trial.name: trial.settings() for trial in minutes.ten_minutes("photos", 1)}
+    assert set(found) == {"empssl", *methods.PEERS}
+    assert (found["empssl"].epochs, found["empssl"].lr) == (4, 0.15)
+    assert all((found[peer].epochs, found[peer].lr) == (16, 0.4) for peer in methods.PEERS)
+
+
+def test_a_training_is_probed_on_its_way_and_goes_on_as_if_it_had_not_been():
+    data = trials.holdout(load_dataset("shapes", subset=300), 40, 20)
+    small = "--method empssl --dataset shapes --preset laptop --device cpu --precision float32 "
+    small += "--patches 2 --batch 10 --hidden 8 --projector 8 --dim 4 --eval-patches 4 --epochs 8"
+    trial = trials.Trial("a", small)
+    metrics = minutes.carry_out(trial, data)
+    curve = metrics["curve"]
+    # After epochs 1, 2 and 4 of 8, and at the end.
+    shares = [point["seconds"] / curve[-1]["seconds"] for point in curve]
+    assert len(curve) == 4 and shares == sorted(shares)
+    assert curve[-1]["linear_top1"] == metrics["linear_top1"]
+    assert curve[-1]["seconds"] == metrics["train_seconds"]
+    alone = trials.carry_out(trial, data)
+    for key in ("linear_top1", "quadrants_top1", "R", "D"):
+        assert metrics[key] == alone[key]
+
+
+def test_seconds_to_an_accuracy_lie_on_the_curve():
+    points = ((10.0, 0.5), (20.0, 0.6), (40.0, 0.58), (80.0, 0.7))
+    curve = [{"seconds": seconds, "linear_top1": top1} for seconds, top1 in points]
+    assert minutes.seconds_to(0.4, curve) == 10
+    assert minutes.seconds_to(0.55, curve) == pytest.approx(15)
+    assert minutes.seconds_to(0.6, curve) == pytest.approx(20)
+    assert minutes.seconds_to(0.64, curve) == pytest.approx(60)
+    assert minutes.seconds_to(0.71, curve) is None
