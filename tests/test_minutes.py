@@ -1,4 +1,4 @@
-"""Ten minutes of every method: equal seconds, what was probed on the way, seconds to an accuracy."""
+"""Ten minutes of every method: equal seconds, probes on the way, seconds to an accuracy."""
 
 import pytest
 
