@@ -934,9 +934,18 @@ def raw_pixels(images: Tensor) -> Tensor:
 @torch.no_grad()
 def untrained_encoder(config: Config, images: Tensor) -> Encoder:
     """An encoder as if the learning rate had been 0: its BatchNorms have seen training patches."""
-    encoder = new_encoder(config, images).train()
+    encoder = new_encoder(config, images)
+    settle(encoder, images, config)
+    return encoder
+
+
+@torch.no_grad()
+def settle(encoder: Encoder, images: Tensor, config: Config) -> None:
+    """Have the BatchNorms average anew what training's patches of these images give."""
+    encoder.train()
     for layer in encoder.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.reset_running_stats()
             layer.momentum = None  # average all that it sees
     device = torch.device(config.device)
     image_size = images.shape[2:]
@@ -946,7 +955,6 @@ def untrained_encoder(config: Config, images: Tensor) -> Encoder:
         chance = generator(config.seed, "settled", t)
         params = sample_patches(64, 4, image_size, augmentation, chance)
         encoder(extract_patches(images, index, params, config.patch_size, device=device))
-    return encoder
 
 
 def score(encoder: Encoder, images: Tensor, config: Config) -> dict:

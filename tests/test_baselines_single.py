@@ -188,6 +188,14 @@ def test_the_untrained_networks_batch_norm_uses_the_batch():
     assert features.mean(0).abs().max() < 1e-4 and features.std(0, unbiased=False).min() > 0.5
 
 
+def test_the_untrained_networks_batches_are_drawn_from_all_classes():
+    """A folder's images stand class by class; a batch of one class would lose what they share."""
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    images[20:] = 200
+    features = features_of(images, nn.BatchNorm1d(3))
+    assert (features[20:].mean(0) - features[:20].mean(0)).min() > 1
+
+
 # ---- CutMix ----
 
 

@@ -481,23 +481,30 @@ def test_the_papers_network_is_seen_after_one_epoch_and_two(stand_in, monkeypatc
 
 def test_transfer_is_to_any_folder_and_to_some_classes(in_tmp, monkeypatch):
     folder = labelled_images(in_tmp / "my photos", each=30)
-    trial = transfer.trial
+    make_trial = transfer.make_trial
 
     def tiny(method, source, target, changes, seed, most=None):
         changes = f"--preset laptop --device cpu --precision float32 {TINY} {changes}"
-        return trial(method, source, target, changes, seed, most)
+        return make_trial(method, source, target, changes, seed, most)
 
-    monkeypatch.setattr(transfer, "trial", tiny)
+    monkeypatch.setattr(transfer, "make_trial", tiny)
     transfer.main(["--from", str(folder), "--to", "shapes", "--seeds", "1"])
     transfer.main(["--from", "shapes:0-4", "--to", "shapes:5-9", "--seeds", "1"])
     to_shapes, to_others = records.read("transfer")
-    assert to_shapes["name"] == "empssl-from-my photos-to-shapes"
-    assert to_others["name"] == "empssl-from-shapes-0-4-to-shapes-5-9"
+    assert to_shapes["name"] == f"empssl from {folder} to shapes"
+    assert to_others["name"] == "empssl from shapes:0-4 to shapes:5-9"
     for record in (to_shapes, to_others):
         assert 0 <= record["metrics"]["linear_top1"] <= 1
         assert 0 <= record["metrics"]["source_linear_top1"] <= 1
-    monkeypatch.setattr(transfer, "carry_out", lambda *_: pytest.fail("it ran again"))
+    monkeypatch.setattr(transfer, "make", lambda *_: pytest.fail("it ran again"))
     transfer.main(["--from", "shapes:0-4", "--to", "shapes:5-9", "--seeds", "1"])
+    # Without labels there is nothing to probe with, and nothing is trained.
+    plain_folder(in_tmp / "plain", 60)
+    trial = make_trial("empssl", "shapes", str(in_tmp / "plain"), TINY, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(transfer, "train", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(UsageError, match="plain has no labels"):
+        transfer.make(trial, "data")
 
 
 def test_some_classes_are_their_images_numbered_from_0():
@@ -514,17 +521,16 @@ def test_some_classes_are_their_images_numbered_from_0():
             transfer.images(wrong, "data")
 
 
-def test_the_table_of_transfer_has_each_method_at_its_best(results):
-    for method in ("simclr", "vicreg"):
-        about = {"method": method, "chosen": "--optimizer lars --lr 1.5", "epochs": 12, "seed": 0}
-        records.keep("methods", {"name": "search-" + method, "metrics": {"linear_top1": 1}} | about)
+def test_the_table_of_transfer_has_each_method_at_its_best(monkeypatch):
+    best = {"chosen": "--optimizer lars --lr 1.5", "epochs": 12}
+    monkeypatch.setattr(transfer, "best_try", lambda method: best)
     found = transfer.of_the_table("photos", seeds=2)
     assert len(found) == 2 * 4 * 3
-    settings = {t.name: t.settings() for t in found}
-    assert settings["simclr-from-photos-0-4-to-photos-5-9"].lr == 1.5
-    assert settings["simclr-from-shapes-to-photos"].epochs == 12
-    assert settings["empssl-from-photos-to-shapes"].epochs == 3
-    assert settings["empssl-from-shapes-to-photos"].dataset == "shapes"
+    settings = {t.name.partition(",")[0]: t.settings() for t in found}
+    assert settings["simclr from photos:0-4 to photos:5-9"].lr == 1.5
+    assert settings["simclr from shapes to photos"].epochs == 12
+    assert settings["empssl from photos to shapes"].epochs == transfer.EPOCHS
+    assert settings["empssl from shapes to photos"].dataset == "shapes"
 
 
 # ---- tries for the preset ----
@@ -617,4 +623,4 @@ def test_a_constant_rate_falls_to_nothing_in_its_last_part():
 def test_the_tries_of_today_have_settings_and_predictions():
     for tried in search.TRIES.values():
         assert 0 < tried.predicted < 1
-        assert search.trial("it", tried, 3, "photos").settings().seed == 3
+        assert search.make_trial("it", tried, 3, "photos").settings().seed == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import empssl
-from empssl_support.cli import UsageError
+from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import load_dataset
 from study import baselines
 from study.baselines.common import views
@@ -20,6 +20,7 @@ def data(monkeypatch, tmp_path):
     monkeypatch.setattr(methods, "IMAGES", 30)
     data = load_dataset("shapes", subset=200)
     monkeypatch.setattr(methods, "load_dataset", lambda *_: data)
+    monkeypatch.setattr(methods, "holdout", lambda data, images: data._replace(key="held out"))
     return data
 
 
@@ -27,59 +28,57 @@ def data(monkeypatch, tmp_path):
 def made(data, monkeypatch):
     """Instead of training: an accuracy that the settings decide. Returns what was made."""
     made = []
-    optimum = {"lr": 0.15, "temperature": 0.1}
 
-    def carry_out(trial, part, probe=None):
+    def train_and_probe_bag(trial, part):
         config = trial.settings()
         made.append((trial, config, part))
-        off = abs(config.lr - optimum["lr"]) + abs(config.temperature - optimum["temperature"])
-        return {"linear_top1": 1 / (1 + off + (config.optimizer != "muon")), "knn_top1": 0.5}
+        off = abs(config.lr - 4.0) / 4 + abs(config.temperature - 0.1)
+        top1 = 1 / (1 + off + (config.optimizer != "muon") + (config.batch != 64))
+        return {"linear_top1": top1, "knn_top1": 0.5}
 
-    def train(config, part, run=None):
-        # EMP-SSL takes 40 s an epoch, the others 8 s, or 10 s by Muon.
+    def time_epochs(trial, part):
+        # EMP-SSL takes 40 s an epoch; the others 8 s, by Muon 10 s, and 2 s before the first one.
+        config = trial.settings()
         seconds = 40.0 if config.method == "empssl" else 8.0 + 2 * (config.optimizer == "muon")
-        return None, {"train_seconds": seconds * config.epochs, "patches_seen": 1}
+        return {"seconds_an_epoch": seconds, "seconds_before": 2.0}
 
-    monkeypatch.setattr(methods, "carry_out", carry_out)
-    monkeypatch.setattr(methods, "train", train)
-    # Of the compare command, which has it as a default.
-    monkeypatch.setattr(methods, "all_of", with_stand_in(carry_out))
-    monkeypatch.setattr(methods, "holdout", lambda data, images: data._replace(key="held out"))
+    make_all = trials.make_all
+    monkeypatch.setattr(methods, "train_and_probe_bag", train_and_probe_bag)
+    monkeypatch.setattr(methods, "time_epochs", time_epochs)
+    # Of the compare command, which leaves `make` to its default.
+    monkeypatch.setattr(
+        methods,
+        "make_all",
+        lambda table, wanted, data, make=train_and_probe_bag: make_all(table, wanted, data, make),
+    )
     return made
-
-
-def with_stand_in(carry_out):
-    def all_of(table, wanted, data, how=carry_out):
-        trials.all_of(table, wanted, data, how)
-
-    return all_of
 
 
 def test_each_method_is_searched_for_and_compared_at_its_best(made):
     methods.main(["speed"])
-    speeds = {r["name"]: r["metrics"]["train_seconds"] for r in records.read("methods")}
-    assert speeds["speed-simclr-lars"] == 8 and speeds["speed-empssl-muon"] == 40
-    assert len(speeds) == 1 + 2 * len(methods.PEERS)
+    assert len(records.read("methods")) == 1 + 4 * len(methods.PEERS)
+    # 2 s and two epochs of 40 s.
+    assert methods.seconds_of_ours() == 82
+    assert methods.epochs_in(82, "simclr", "lars", 256) == 10
+    assert methods.epochs_in(82, "simclr", "muon", 64) == 8
 
     methods.main(["search"])
     assert all(part.key == "held out" for _, _, part in made)  # no test image chooses
-    rates = {(c.optimizer, round(c.lr, 3)) for t, c, _ in made if c.method == "simclr"}
+    of_simclr = [config for _, config, _ in made if config.method == "simclr"]
+    rates = {}
+    for config in of_simclr:
+        rates.setdefault((config.optimizer, config.batch), set()).add(round(config.lr, 3))
+    # Where the highest of three is the best, a higher one is tried, twice at most.
     assert rates == {
-        ("lars", 0.133),
-        ("lars", 0.4),
-        ("lars", 1.2),
-        ("muon", 0.05),
-        ("muon", 0.15),
-        ("muon", 0.45),
+        ("lars", 256): {0.133, 0.4, 1.2, 3.6, 10.8},
+        ("muon", 256): {0.05, 0.15, 0.45, 1.35, 4.05},
+        ("muon", 64): {0.05, 0.15, 0.45, 1.35, 4.05},
     }
-    # 120 s are 15 epochs of 8 s, 12 of 10 s.
-    epochs = {(c.optimizer == "muon", c.epochs) for _, c, _ in made}
-    assert epochs == {(False, 15), (True, 12)}
-    # Temperatures at the best rate alone: half of .2 and twice of it.
-    tried = {(c.lr, c.temperature) for _, c, _ in made if c.method == "simclr"}
-    others = {(rate, temperature) for rate, temperature in tried if temperature != 0.2}
-    assert others == {(0.15, 0.1), (0.15, 0.4)}
-    assert "--temperature 0.1" in methods.best_try("simclr")["chosen"]
+    assert {(c.optimizer == "muon", c.epochs) for c in of_simclr} == {(False, 10), (True, 8)}
+    # Temperatures at the best alone: half of .2 and twice of it.
+    others = {(c.batch, c.lr, c.temperature) for c in of_simclr if c.temperature != 0.2}
+    assert others == {(64, 4.05, 0.1), (64, 4.05, 0.4)}
+    assert "--batch 64 --lr 4.05 --temperature 0.1" in methods.best_try("simclr")["chosen"]
     assert "--temperature" not in methods.best_try("vicreg")["chosen"]
 
     made.clear()
@@ -87,20 +86,17 @@ def test_each_method_is_searched_for_and_compared_at_its_best(made):
     assert all(part.key != "held out" for _, _, part in made)
     found = {(t.name, t.seed, c.lr, c.optimizer, c.epochs) for t, c, _ in made}
     for seed in (0, 1):
-        assert ("empssl-equal-seconds", seed, 0.15, "muon", 3) in found
-        assert ("simclr-equal-seconds", seed, 0.15, "muon", 12) in found
-        assert ("simclr-equal-epochs", seed, 0.15, "muon", 3) in found
+        assert ("empssl-equal-seconds", seed, 0.15, "muon", 2) in found
+        assert ("simclr-equal-seconds", seed, 4.05, "muon", 8) in found
+        assert ("simclr-equal-epochs", seed, 4.05, "muon", 2) in found
     assert len(found) == 2 * (1 + 2 * len(methods.PEERS))
     budgets = {r["budget"] for r in records.read("methods") if "budget" in r}
     assert budgets == {"equal seconds", "equal epochs"}
 
-
-def test_what_was_made_is_left_alone(made):
-    for what in ("speed", "search", "compare"):
-        methods.main([what, "--seeds", "1"])
+    # What was made is left alone.
     count = len(made)
     for what in ("speed", "search", "compare"):
-        methods.main([what, "--seeds", "1"])
+        methods.main([what, "--seeds", "2"])
     assert len(made) == count
 
 
@@ -114,22 +110,66 @@ def test_the_searchs_settings_are_such_as_the_methods_take(made):
         assert config.optimizer != "muon" or config.eta > 0
 
 
-def test_what_comes_first_is_said(data):
-    with pytest.raises(SystemExit) as stopped, methods.one_sentence():
+def test_what_comes_first_is_said(made):
+    with pytest.raises(SystemExit) as stopped, one_sentence():
         methods.main(["search"])
     assert stopped.value.code == 2
-    with pytest.raises(UsageError, match="run python -m study.experiments.methods search"):
+    methods.main(["speed"])
+    with pytest.raises(UsageError, match="run python -m study.experiments.methods search first"):
         methods.comparisons("data", 1)
 
 
-def test_a_try_that_diverges_is_a_miss_and_no_end(data, monkeypatch):
+def test_a_search_that_was_cut_off_chooses_nothing(made, monkeypatch):
+    methods.main(["speed"])
+    methods.main(["search"])
+    kept = records.read("methods")
+    (records.RESULTS / "methods.jsonl").unlink()
+    for record in kept:
+        if not record["name"].endswith("temperature-0.4"):
+            records.keep("methods", record)
+    with pytest.raises(UsageError, match="temperature-0.4 is not on record"):
+        methods.best_try("simclr")
+
+
+def test_a_trial_is_made_again_where_its_settings_are_others(data):
+    trial = trials.Trial("a", methods.flags_of("simclr", "photos", "--lr 0.5"), about={"n": 1})
+    made = []
+    trials.make_all("demo", [trial], data, lambda *_: made.append(1) or {})
+    elsewhere = trial._replace(flags=trial.flags.replace("photos", "pictures"))
+    trials.make_all("demo", [trial, elsewhere], data, lambda *_: pytest.fail("it was made again"))
+    for other in (
+        trial._replace(flags=trial.flags.replace("0.5", "0.6")),
+        trial._replace(about={"n": 2}),
+        trial._replace(seed=1),
+    ):
+        assert other.record("demo") is None
+        trials.make_all("demo", [other], data, lambda *_: made.append(1) or {})
+    assert len(made) == 4
+
+
+def test_a_trial_that_diverges_is_a_miss_and_no_end(data, monkeypatch):
     def diverge(*_):
         raise FloatingPointError("the loss is nan at step 10")
 
     monkeypatch.setattr(empssl, "train", diverge)
     small = "--batch 10 --hidden 8 --projector 8 --dim 4 --eval-patches 1"
-    trial = trials.Trial("a", methods.flags_of("simclr", "photos", small))
-    assert methods.score_bag(trial, data)["linear_top1"] == 0.0
+    all_of = [trials.Trial(name, methods.flags_of("simclr", "photos", small)) for name in "ab"]
+    trials.make_all("demo", all_of, data)
+    found = [record["metrics"] for record in records.read("demo")]
+    assert found == 2 * [{"linear_top1": 0.0, "knn_top1": 0.0, "diverged": True}]
+
+
+def test_the_seconds_of_an_epoch_are_the_second_ones(data, monkeypatch):
+    clock = iter((7.0, 11.0))  # at the end of each epoch
+    monkeypatch.setattr(methods.Run, "train_seconds", lambda run: next(clock))
+
+    def train(config, part, run):
+        run.at_epoch_end(1)
+        run.at_epoch_end(2)
+
+    monkeypatch.setattr(methods, "train", train)
+    found = methods.time_epochs(methods.speed_trial("single", "sgd", 512), data)
+    assert found == {"seconds_an_epoch": 4.0, "seconds_before": 3.0}
 
 
 def test_a_trial_is_the_method_trained_and_probed(data):
@@ -138,12 +178,12 @@ def test_a_trial_is_the_method_trained_and_probed(data):
     part = trials.fewer(data, 30)
     assert len(part.train_images) == 30 and torch.equal(part.test_images, data.test_images)
     trial = trials.Trial("a", methods.flags_of("simclr", "photos", small), seed=1)
-    metrics = trials.carry_out(trial, part)
-    bag = trials.carry_out(trial, part, trials.probe_bag)
+    trials.make_all("demo", [trial], part)
+    (kept,) = records.read("demo")
+    metrics, bag = kept["metrics"], trials.train_and_probe_bag(trial, part)
     assert metrics["patches_seen"] == 60 and "quadrants_top1" in metrics
     assert bag["linear_top1"] == pytest.approx(metrics["linear_top1"], abs=0.011)
     assert bag["knn_top1"] == metrics["knn_top1"] and "quadrants_top1" not in bag
-    kept = trials.record(trial, metrics)
     assert (kept["name"], kept["seed"], kept["method"]) == ("a", 1, "simclr")
     assert set(records.PROVENANCE) <= set(kept)
     assert baselines.settings([*trial.flags.split(), "--seed", "1"]) == trial.settings()

@@ -10,13 +10,16 @@ from study.experiments import methods, minutes, records, trials
 def searched(monkeypatch, tmp_path):
     """On record: speeds of 40 s and 10 s an epoch, and a best try of each."""
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-    for method in ("empssl", *methods.PEERS):
-        seconds = 40.0 if method == "empssl" else 10.0
-        speed = {"name": f"speed-{method}-muon", "seed": 0, "method": method}
-        records.keep("methods", speed | {"metrics": {"train_seconds": seconds}})
-        about = {"method": method, "chosen": "--optimizer muon --lr 0.4", "optimizer": "muon"}
-        best = {"name": f"search-{method}", "seed": 0, "metrics": {"linear_top1": 1}}
-        records.keep("methods", best | about)
+
+    def seconds(trial, _):
+        one = 40.0 if trial.settings().method == "empssl" else 10.0
+        return {"seconds_an_epoch": one, "seconds_before": 0.0}
+
+    kinds = [("empssl", "muon", 50), *((peer, "muon", 64) for peer in methods.PEERS)]
+    speeds = [methods.speed_trial(*kind) for kind in kinds]
+    trials.make_all("methods", speeds, None, seconds)
+    best = {"chosen": "--optimizer muon --batch 64 --lr 0.4", "optimizer": "muon", "batch": 64}
+    monkeypatch.setattr(minutes, "best_try", lambda method: best)
 
 
 def test_each_method_has_the_epochs_that_take_as_many_seconds(searched):
@@ -31,14 +34,14 @@ def test_a_training_is_probed_on_its_way_and_goes_on_as_if_it_had_not_been():
     small = "--method empssl --dataset shapes --preset laptop --device cpu --precision float32 "
     small += "--patches 2 --batch 10 --hidden 8 --projector 8 --dim 4 --eval-patches 4 --epochs 8"
     trial = trials.Trial("a", small)
-    metrics = minutes.carry_out(trial, data)
+    metrics = minutes.make(trial, data)
     curve = metrics["curve"]
-    # After epochs 1, 2 and 4 of 8, and at the end.
+    # After epochs 2, 4 and 6 of 8, and at the end.
     shares = [point["seconds"] / curve[-1]["seconds"] for point in curve]
     assert len(curve) == 4 and shares == sorted(shares)
     assert curve[-1]["linear_top1"] == metrics["linear_top1"]
     assert curve[-1]["seconds"] == metrics["train_seconds"]
-    alone = trials.carry_out(trial, data)
+    alone = trials.train_and_probe(trial, data)
     for key in ("linear_top1", "quadrants_top1", "R", "D"):
         assert metrics[key] == alone[key]
 

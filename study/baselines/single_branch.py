@@ -151,15 +151,16 @@ def untrained_features(
 ) -> Tensor:
     """One forward pass over the images, `(N, d)`, within the training's seconds.
 
-    BatchNorm uses each batch's own statistics: it has no others.
+    BatchNorm uses each batch's own statistics: it has no others. So batches are drawn, since a
+    folder's images stand in the order of their classes.
     """
     image_size = images.shape[2:]
     device = torch.device(config.device)
+    order = torch.randperm(len(images), generator=generator(config.seed, "calibrate order", 0))
     parts = []
-    batches = torch.arange(len(images)).tensor_split(math.ceil(len(images) / config.batch))
-    for i, index in enumerate(batches):
+    for i, index in enumerate(order.tensor_split(math.ceil(len(images) / config.batch))):
         chance = generator(config.seed, "calibrate", i)
         params = empssl.sample_patches(len(index), 1, image_size, augmentation, chance)
         x = empssl.extract_patches(images, index, params, config.patch_size, device=device)
         parts.append(encoder.embedding(x))
-    return torch.cat(parts)
+    return torch.cat(parts)[order.argsort().to(device)]

@@ -1,28 +1,40 @@
 """What three papers claim, tried here, each claim by one comparison of two runs.
 
     python -m study.experiments.claims speed      the seconds of an epoch: let nothing else run
-    python -m study.experiments.claims search     rates of other batches, on held-out images
+    python -m study.experiments.claims search     rates, on held-out training images
     python -m study.experiments.claims compare    three seeds
 
-A run is a method with the settings that study.experiments.methods found for it. Claims are of S3L
-(arXiv 2103.13559), of Bordes, Balestriero and Vincent (2303.01986), and of single-branch instance
-discrimination (2404.19289). Records are kept in claims.jsonl.
+A run is a method with the settings that study.experiments.methods found for it and, where something
+else is changed than the loss, with the best of three rates. Claims are of S3L (arXiv 2103.13559),
+of Bordes, Balestriero and Vincent (2303.01986), and of single-branch instance discrimination
+(2404.19289). Records are kept in claims.jsonl.
 """
 
+import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import empssl
-from empssl_support.cli import UsageError, one_sentence
+from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset
 from empssl_support.files import save_encoder
 from empssl_support.machine import keep_freed_memory
-from study.experiments.methods import EPOCHS, IMAGES, best_try, flags_of
+from study.experiments.methods import EPOCHS, IMAGES, best_try, flags_of, top1
 from study.experiments.records import read
 from study.experiments.runs import flags
-from study.experiments.trials import Trial, all_of, fewer, holdout, probe_bag, train
+from study.experiments.trials import (
+    Trial,
+    fewer,
+    holdout,
+    make_all,
+    probe_bag,
+    records_of,
+    train,
+)
+
+HERE = "study.experiments.claims"
 
 
 class Variant(NamedTuple):
@@ -34,26 +46,33 @@ class Variant(NamedTuple):
     seconds: float | None = None
     images: int = IMAGES
     before: str = ""  # a variant that is trained first, whose stages are then frozen
-    rates: tuple[float, ...] = ()  # to choose from, as multiples of the method's rate
+    rates: tuple[float, ...] = (1,)  # to choose from, as multiples of the method's rate
+    settled: bool = False  # BatchNorm's averages are taken anew, of patches without noise
 
 
-FEW = {"images": 2_000, "seconds": 60.0}
-SMALL = {"changes": "--drop-last-stage", "seconds": 60.0}
-NOISE = "--augmentation noise --noise"
+AROUND = (1 / 3, 1, 3)
+FEW = {"images": 2_000, "seconds": 45.0, "rates": AROUND}
+SMALL = {"changes": "--drop-last-stage", "seconds": 45.0, "rates": AROUND}
 BANK = {"images": 5_000, "epochs": 100}
+
+
+def noise(sigma: float, changes: str = "") -> Variant:
+    changes = f"--augmentation noise --noise {sigma} {changes}".strip()
+    return Variant("simclr", changes, rates=AROUND, settled=True)
+
 
 VARIANTS = {
     "simclr": Variant("simclr"),
-    "untrained": Variant("simclr", "--eval-only"),
-    "one-negative": Variant("simclr", "--negatives 1"),
-    "noise-0.25": Variant("simclr", f"{NOISE} 0.25"),
-    "noise-1": Variant("simclr", f"{NOISE} 1"),
-    "noise-2": Variant("simclr", f"{NOISE} 2"),
-    "noise-1-whole-image": Variant("simclr", f"{NOISE} 1 --crops published"),
-    "noise-1-temperature-0.1": Variant("simclr", f"{NOISE} 1 --temperature 0.1"),
-    "noise-1-temperature-0.5": Variant("simclr", f"{NOISE} 1 --temperature 0.5"),
-    "batch-64": Variant("simclr", "--batch 64", rates=(1 / 4, 1 / 2, 1)),
-    "batch-1024": Variant("simclr", "--batch 1024", rates=(1, 2, 4)),
+    "untrained": Variant("simclr", "--eval-only", settled=True),
+    "one-negative": Variant("simclr", "--negatives 1", rates=AROUND),
+    "noise-0.25": noise(0.25),
+    "noise-1": noise(1),
+    "noise-2": noise(2),
+    "noise-1-whole-image": noise(1, "--crops published"),
+    "noise-1-temperature-0.1": noise(1, "--temperature 0.1"),
+    "noise-1-temperature-0.5": noise(1, "--temperature 0.5"),
+    "batch-64": Variant("simclr", "--batch 64", rates=AROUND),
+    "batch-256": Variant("simclr", "--batch 256", rates=AROUND),
     "single-5000": Variant("single", **BANK),
     "single-moving-average": Variant("single", "--bank-update average", **BANK),
     "single-no-distillation": Variant("single", "--distillation 0", **BANK),
@@ -66,9 +85,10 @@ VARIANTS = {
     "small-simclr": Variant("simclr", **SMALL),
     "small-vicreg": Variant("vicreg", **SMALL),
     "small-empssl": Variant("empssl", **SMALL),
-    "native-size": Variant("simclr", seconds=120.0),
-    "enlarged": Variant("simclr", "--patch-size 32", seconds=120.0),
-    "without-last-stage": Variant("simclr", "--drop-last-stage", seconds=90.0),
+    "one-size": Variant("simclr", seconds=90.0),
+    "small-size-first": Variant("simclr", "--size-schedule 8:0.7,16:0.3", seconds=90.0),
+    "enlarged": Variant("simclr", "--patch-size 32", seconds=90.0),
+    "without-last-stage": Variant("simclr", "--drop-last-stage", seconds=60.0),
     "last-stage-added": Variant("simclr", seconds=30.0, before="without-last-stage"),
     "a-third-of-the-images": Variant("simclr", images=IMAGES // 3),
 }
@@ -85,8 +105,8 @@ class Claim(NamedTuple):
     above: float = 0.0
 
 
-NO_WORSE = -1.0  # points
 DEMOCRATIC, SINGLE, S3L = "2303.01986", "2404.19289", "2103.13559"
+NO_WORSE = -1.0  # points
 CLAIMS = [
     Claim(DEMOCRATIC, "one negative will do", "one-negative", "simclr", "epochs", NO_WORSE),
     Claim(DEMOCRATIC, "noise of .25 alone trains", "noise-0.25", "untrained", "images"),
@@ -95,75 +115,51 @@ CLAIMS = [
     Claim(DEMOCRATIC, "the same on whole images", "noise-1-whole-image", "untrained", "images"),
     Claim(DEMOCRATIC, "the same, temperature .1", "noise-1-temperature-0.1", "untrained", "images"),
     Claim(DEMOCRATIC, "the same, temperature .5", "noise-1-temperature-0.5", "untrained", "images"),
-    Claim(DEMOCRATIC, "batches of 64 will do", "batch-64", "simclr", "epochs", NO_WORSE),
-    Claim(DEMOCRATIC, "batches of 64, not 1,024", "batch-64", "batch-1024", "epochs", NO_WORSE),
+    Claim(DEMOCRATIC, "batches of 64 will do", "batch-64", "batch-256", "epochs", NO_WORSE),
     Claim(SINGLE, "the corrected update helps", "single-5000", "single-moving-average", "epochs"),
     Claim(SINGLE, "SqrtKL helps", "single-5000", "single-no-distillation", "epochs"),
     Claim(SINGLE, "a bank of features helps", "single-5000", "single-random-bank", "epochs"),
-    Claim(SINGLE, "best of few images: SimCLR", "few-single", "few-simclr", "seconds"),
-    Claim(SINGLE, "best of few images: VICReg", "few-single", "few-vicreg", "seconds"),
-    Claim(SINGLE, "best of few images: EMP-SSL", "few-single", "few-empssl", "seconds"),
-    Claim(SINGLE, "best of small models: SimCLR", "small-single", "small-simclr", "seconds"),
-    Claim(SINGLE, "best of small models: VICReg", "small-single", "small-vicreg", "seconds"),
-    Claim(SINGLE, "best of small models: EMP-SSL", "small-single", "small-empssl", "seconds"),
-    Claim(S3L, "a small resolution will do", "native-size", "enlarged", "seconds", NO_WORSE),
-    Claim(S3L, "first without its last stage", "last-stage-added", "native-size", "seconds", -1.0),
-    Claim(S3L, "few images", "a-third-of-the-images", "simclr", "steps", NO_WORSE),
+    Claim(SINGLE, "of few images better than SimCLR", "few-single", "few-simclr", "seconds"),
+    Claim(SINGLE, "of few images better than VICReg", "few-single", "few-vicreg", "seconds"),
+    Claim(SINGLE, "of few images better than EMP-SSL", "few-single", "few-empssl", "seconds"),
+    Claim(SINGLE, "small model: better than SimCLR", "small-single", "small-simclr", "seconds"),
+    Claim(SINGLE, "small model: better than VICReg", "small-single", "small-vicreg", "seconds"),
+    Claim(SINGLE, "small model: better than EMP-SSL", "small-single", "small-empssl", "seconds"),
+    Claim(S3L, "a small size first, then the full one", "small-size-first", "one-size", "seconds"),
+    Claim(S3L, "patches need not be enlarged", "one-size", "enlarged", "seconds", NO_WORSE),
+    Claim(S3L, "the last stage later", "last-stage-added", "one-size", "seconds", NO_WORSE),
+    Claim(S3L, "few images will do", "a-third-of-the-images", "simclr", "steps", NO_WORSE),
 ]
 
 
-# ---- runs ----
+# ---- trials ----
 
 
 def settings_of(variant: Variant, epochs: int, data_dir: str, rate: float = 1) -> str:
     """rate: a multiple of the method's."""
-    chosen = ""
+    chosen, lr = "", empssl.PRESETS["laptop"]["lr"]
     if variant.method != "empssl":
         best = best_try(variant.method)
-        chosen = f"{best['chosen']} --lr {rate * best['lr']:.3g}"
-    changes = " ".join(filter(None, (chosen, variant.changes, f"--epochs {epochs}")))
-    return flags_of(variant.method, data_dir, changes)
+        chosen, lr = best["chosen"], best["lr"]
+    changes = f"{chosen} --lr {rate * lr:.3g} {variant.changes} --epochs {epochs}"
+    return flags_of(variant.method, data_dir, " ".join(changes.split()))
 
 
 def about(variant: Variant, epochs_before: int, data_dir: str) -> dict:
     """What a trial's record says beside its settings."""
-    if not variant.before:
-        return {"images": variant.images}
-    first = settings_of(VARIANTS[variant.before], epochs_before, data_dir)
-    return {"images": variant.images, "before": first}
+    said = {"images": variant.images, "settled": variant.settled}
+    if variant.before:
+        # Where the data lie is left out: it is no part of what was done.
+        said["before"] = settings_of(VARIANTS[variant.before], epochs_before, "")
+    return said
 
 
-def speed_trials(data_dir: str) -> list[Trial]:
-    """Five epochs on few images, one on many, of all that have their seconds given."""
-    trials = []
-    for name, variant in VARIANTS.items():
-        if variant.seconds:
-            epochs = 5 if variant.images < IMAGES else 1
-            changes = settings_of(variant, epochs, data_dir)
-            trials.append(Trial(f"speed-{name}", changes, 0, about(variant, 1, data_dir)))
-    return trials
-
-
-def rate_trials(data_dir: str) -> list[Trial]:
-    trials = []
-    for name, variant in VARIANTS.items():
-        for rate in variant.rates:
-            changes = settings_of(variant, epochs_of(name), data_dir, rate)
-            more = {"images": variant.images, "variant": name, "rate": rate}
-            trials.append(Trial(f"search-{name}-{rate:g}", changes, about=more))
-    return trials
-
-
-def best_rate(name: str) -> float:
-    """A multiple of the method's rate. Raises `UsageError` where none was tried."""
-    if not VARIANTS[name].rates:
-        return 1
-    tried = [record for record in read("claims") if record.get("variant") == name]
-    if not tried:
-        raise UsageError(
-            f"No rate of {name} is on record; run python -m study.experiments.claims search first."
-        )
-    return max(tried, key=lambda record: record["metrics"]["linear_top1"])["rate"]
+def speed_trial(name: str, data_dir: str = "") -> Trial:
+    """Two epochs on many images, ten on few: there the first step counts for less."""
+    variant = VARIANTS[name]
+    epochs = 2 if variant.images == IMAGES else 10
+    said = about(variant, 1, data_dir)
+    return Trial(f"speed-{name}", settings_of(variant, epochs, data_dir), 0, said)
 
 
 def epochs_of(name: str) -> int:
@@ -175,10 +171,25 @@ def epochs_of(name: str) -> int:
         # As many steps as the method's best try, also where there are fewer images.
         best = EPOCHS if variant.method == "empssl" else best_try(variant.method)["epochs"]
         return best * IMAGES // variant.images
-    for record in read("claims"):
-        if record["name"] == f"speed-{name}":
-            return max(1, round(variant.seconds / record["metrics"]["seconds_an_epoch"]))
-    raise UsageError("No speed is on record; run python -m study.experiments.claims speed first.")
+    (speed,) = records_of("claims", [speed_trial(name)], f"{HERE} speed")
+    return max(1, round(variant.seconds / speed["metrics"]["seconds_an_epoch"]))
+
+
+def rate_trials(name: str, data_dir: str = "") -> list[Trial]:
+    """None where there is nothing to choose."""
+    variant = VARIANTS[name]
+    trials = []
+    for rate in variant.rates if len(variant.rates) > 1 else ():
+        changes = settings_of(variant, epochs_of(name), data_dir, rate)
+        said = about(variant, 0, data_dir) | {"rate": rate}
+        trials.append(Trial(f"search-{name}-{rate:.3g}", changes, about=said))
+    return trials
+
+
+def best_rate(name: str) -> float:
+    """A multiple of the method's rate. Raises `UsageError` where one was not tried."""
+    tried = records_of("claims", rate_trials(name), f"{HERE} search")
+    return max(tried, key=top1)["rate"] if tried else 1
 
 
 def comparisons(data_dir: str, seeds: int) -> list[Trial]:
@@ -191,41 +202,56 @@ def comparisons(data_dir: str, seeds: int) -> list[Trial]:
     return trials
 
 
+# ---- what is done ----
+
+
 def trained(trial: Trial, data: Dataset) -> tuple[empssl.Encoder, dict]:
     """The encoder and its training's metrics; the first of two phases has its seconds apart."""
     config = trial.settings()
     if config.eval_only:
         return empssl.untrained_encoder(config, data.train_images), {}
-    if "before" not in trial.about:
-        return train(config, data)
-    first = trial._replace(flags=trial.about["before"]).settings()
-    encoder_before, earlier = train(first, data)
+    if "before" in trial.about:
+        return trained_in_two_phases(trial, data)
+    encoder, metrics = train(config, data)
+    if trial.about["settled"]:
+        encoder.prepare = None  # no noise
+        light = dataclasses.replace(config, augmentation="light")  # as the untrained encoder saw
+        empssl.settle(encoder, data.train_images, light)
+    return encoder, metrics
+
+
+def trained_in_two_phases(trial: Trial, data: Dataset) -> tuple[empssl.Encoder, dict]:
+    first, config = trial._replace(flags=trial.about["before"]).settings(), trial.settings()
+    encoder_before, metrics_before = train(first, data)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "encoder.pt"
         save_encoder(path, encoder_before)
         config.warm_last_stage = str(path)
         encoder, metrics = train(config, data)
-    return encoder, metrics | {"seconds_before": earlier["train_seconds"]}
+    return encoder, metrics | {"seconds_before": metrics_before["train_seconds"]}
 
 
-def train_alone(trial: Trial, data: Dataset) -> dict:
+def time_epochs(trial: Trial, data: Dataset) -> dict:
     _, metrics = trained(trial, fewer(data, trial.about["images"]))
     return metrics | {"seconds_an_epoch": metrics["train_seconds"] / trial.settings().epochs}
 
 
 def score_on_held_out(trial: Trial, data: Dataset) -> dict:
-    config, part = trial.settings(), holdout(data, trial.about["images"])
+    part = holdout(data, trial.about["images"])
     encoder, metrics = trained(trial, part)
-    return metrics | probe_bag(encoder, config, part)
+    return metrics | probe_bag(encoder, trial.settings(), part)
 
 
-def carry_out(trial: Trial, data: Dataset) -> dict:
+def make(trial: Trial, data: Dataset) -> dict:
     """Train on a variant's images, probe on `IMAGES`."""
     encoder, metrics = trained(trial, fewer(data, trial.about["images"]))
     return metrics | probe_bag(encoder, trial.settings(), fewer(data, IMAGES))
 
 
 # ---- what came out ----
+
+# Student's t, of 95 %, by the number of pairs.
+QUANTILES = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 
 
 def differences(claim: Claim, metric: str = "linear_top1") -> list[float]:
@@ -237,11 +263,11 @@ def differences(claim: Claim, metric: str = "linear_top1") -> list[float]:
 
 
 def verdict(points: list[float], above: float) -> str:
-    """Decided where the mean is off by twice its standard error or more, over three seeds."""
-    if len(points) < 3:
+    """Decided where `above` lies outside the mean's interval of 95 %, by Student's t."""
+    if len(points) not in QUANTILES:
         return "not decided"
     off = statistics.mean(points) - above
-    doubt = 2 * statistics.stdev(points) / len(points) ** 0.5
+    doubt = QUANTILES[len(points)] * statistics.stdev(points) / len(points) ** 0.5
     if abs(off) <= doubt:
         return "not decided"
     return "holds" if off > 0 else "does not hold here"
@@ -254,11 +280,13 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     data = load_dataset("imagefolder", typed.data_dir)
     if typed.what == "speed":
-        all_of("claims", speed_trials(typed.data_dir), data, train_alone)
+        trials = [speed_trial(name, typed.data_dir) for name, v in VARIANTS.items() if v.seconds]
+        make_all("claims", trials, data, time_epochs)
     elif typed.what == "search":
-        all_of("claims", rate_trials(typed.data_dir), data, score_on_held_out)
+        trials = [trial for name in VARIANTS for trial in rate_trials(name, typed.data_dir)]
+        make_all("claims", trials, data, score_on_held_out)
     else:
-        all_of("claims", comparisons(typed.data_dir, typed.seeds), data, carry_out)
+        make_all("claims", comparisons(typed.data_dir, typed.seeds), data, make)
 
 
 if __name__ == "__main__":

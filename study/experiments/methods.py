@@ -5,148 +5,175 @@
     python -m study.experiments.methods compare   at equal seconds and at equal epochs, three seeds
 
 All train on 15,000 images with preset laptop's encoder and EMP-SSL's patches as views. The seconds
-are those of three epochs of EMP-SSL. Records are kept in methods.jsonl.
+are those of two epochs of EMP-SSL. Records are kept in methods.jsonl.
+
+A method is tried with its published optimizer and with Muon, then with the better of the two and
+batches of 64: three rates each, and one or two more where the best lies at an end. The best of all
+then has other temperatures, where the method has one. EMP-SSL is preset laptop, which was searched
+for on the same images: study.experiments.search.
 """
 
 import shlex
 
-from empssl_support.cli import UsageError, one_sentence
+from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset
 from empssl_support.machine import keep_freed_memory
+from empssl_support.runs import Run
 from study import baselines
-from study.experiments.records import by_key, read
 from study.experiments.runs import flags
-from study.experiments.trials import Trial, all_of, carry_out, fewer, holdout, probe_bag, train
+from study.experiments.trials import (
+    Trial,
+    fewer,
+    holdout,
+    make_all,
+    records_of,
+    train,
+    train_and_probe_bag,
+)
 
+HERE = "study.experiments.methods"
 PEERS = ("simclr", "vicreg", "byol", "swav", "ressl", "single")
 IMAGES = 15_000
-EPOCHS = 3  # of EMP-SSL
+EPOCHS = 2  # of EMP-SSL
 
-# Searched for: each method's published optimizer and Muon, with three rates each, and then, where
-# the method has one, other temperatures. EMP-SSL is preset laptop, searched for on the same images.
 RATES_OF_MUON = (0.05, 0.15, 0.45)
 FACTORS = (1 / 3, 1, 3)  # of the published rate
+MOST_RATES = 5
 FACTORS_OF_TEMPERATURE = (1 / 2, 2)  # of the published temperature
+SMALL_BATCH = 64
 
 
 def flags_of(method: str, data_dir: str, changes: str = "") -> str:
-    folder = shlex.quote(data_dir)
-    flags = f"--method {method} --dataset imagefolder --data-dir {folder} --preset laptop"
-    return f"{flags} --device cpu --augmentation light {changes}".strip()
+    where = f"--dataset imagefolder --data-dir {shlex.quote(data_dir)}"
+    preset = "--preset laptop --device cpu --augmentation light"
+    return f"--method {method} {where} {preset} {changes}".strip()
 
 
-def optimizers(method: str) -> tuple[str, ...]:
+def published_kinds(method: str) -> list[tuple[str, int]]:
+    """Optimizer and batch."""
     if method == "empssl":
-        return ("muon",)
-    return baselines.METHODS[method]["optimizer"], "muon"
+        return [("muon", 50)]
+    published = baselines.METHODS[method]
+    return [(published["optimizer"], published["batch"]), ("muon", published["batch"])]
+
+
+def flags_of_kind(optimizer: str, batch: int) -> str:
+    # What Muon leaves to LARS has preset laptop's trust: two methods publish none.
+    trust = " --eta 0.005" if optimizer == "muon" else ""
+    return f"--optimizer {optimizer}{trust} --batch {batch}"
 
 
 # ---- speed ----
 
 
-def with_optimizer(optimizer: str) -> str:
-    # What Muon leaves to LARS has preset laptop's trust: two methods publish none.
-    return "--optimizer muon --eta 0.005" if optimizer == "muon" else f"--optimizer {optimizer}"
+def speed_trial(method: str, optimizer: str, batch: int, data_dir: str = "") -> Trial:
+    changes = f"{flags_of_kind(optimizer, batch)} --epochs 2"
+    return Trial(f"speed-{method}-{optimizer}-{batch}", flags_of(method, data_dir, changes))
 
 
-def speed_trials(data_dir: str) -> list[Trial]:
-    trials = []
-    for method in ("empssl", *PEERS):
-        for optimizer in optimizers(method):
-            changes = f"{with_optimizer(optimizer)} --epochs 1"
-            trials.append(Trial(f"speed-{method}-{optimizer}", flags_of(method, data_dir, changes)))
-    return trials
+def time_epochs(trial: Trial, data: Dataset) -> dict:
+    """The seconds of a training's second epoch, and what its first one takes beside them."""
+    config = trial.settings()
+    after = []
+    run = Run(at_epoch_end=lambda epoch: after.append(run.train_seconds()) or {})
+    train(config, data, run)
+    one, two = after
+    return {"seconds_an_epoch": two - one, "seconds_before": one - (two - one)}
 
 
-def train_alone(trial: Trial, data: Dataset) -> dict:
-    return train(trial.settings(), data)[1]
+def epochs_in(seconds: float, method: str, optimizer: str, batch: int) -> int:
+    """Whole epochs in so many seconds, at least one. Raises `UsageError` without a speed."""
+    (speed,) = records_of("methods", [speed_trial(method, optimizer, batch)], f"{HERE} speed")
+    measured = speed["metrics"]
+    return max(1, round((seconds - measured["seconds_before"]) / measured["seconds_an_epoch"]))
 
 
-def seconds_of_an_epoch(method: str, optimizer: str) -> float:
-    """Raises `UsageError` where it was not measured."""
-    for record in read("methods"):
-        if record["name"] == f"speed-{method}-{optimizer}":
-            return record["metrics"]["train_seconds"]
-    raise UsageError("No speed is on record; run python -m study.experiments.methods speed first.")
-
-
-def epochs_in_equal_seconds(method: str, optimizer: str) -> int:
-    """Whole epochs in the seconds of EMP-SSL's."""
-    seconds = EPOCHS * seconds_of_an_epoch("empssl", "muon")
-    return max(1, round(seconds / seconds_of_an_epoch(method, optimizer)))
+def seconds_of_ours(epochs: int = EPOCHS) -> float:
+    (speed,) = records_of("methods", [speed_trial("empssl", "muon", 50)], f"{HERE} speed")
+    return speed["metrics"]["seconds_before"] + epochs * speed["metrics"]["seconds_an_epoch"]
 
 
 # ---- search ----
 
 
-def rate_trials(method: str, data_dir: str) -> list[Trial]:
-    """At the published temperature."""
-    published = baselines.METHODS[method]
-    trials = []
-    for optimizer in optimizers(method):
-        rates = [factor * published["lr"] for factor in FACTORS]
-        if optimizer == "muon":
-            rates = RATES_OF_MUON
-        epochs = epochs_in_equal_seconds(method, optimizer)
-        for rate in rates:
-            chosen = f"{with_optimizer(optimizer)} --lr {rate:.3g}"
-            about = {"method": method, "chosen": chosen}
-            changes = flags_of(method, data_dir, f"{chosen} --epochs {epochs}")
-            name = f"search-{method}-{optimizer}-{rate:.3g}"
-            trials.append(Trial(name, changes, about=about))
-    return trials
+def rate_trials(method: str, optimizer: str, batch: int, data_dir: str = "") -> list[Trial]:
+    """Three rates at the published temperature and, where the best of those made lies at an end,
+    one beyond it."""
+    published = baselines.METHODS[method]["lr"]
+    rates = [factor * published for factor in FACTORS]
+    if optimizer == "muon":
+        rates = list(RATES_OF_MUON)
+    epochs = epochs_in(seconds_of_ours(), method, optimizer, batch)
+
+    def make_trial(rate: float) -> Trial:
+        chosen = f"{flags_of_kind(optimizer, batch)} --lr {rate:.3g}"
+        changes = flags_of(method, data_dir, f"{chosen} --epochs {epochs}")
+        name = f"search-{method}-{optimizer}-{batch}-{rate:.3g}"
+        return Trial(name, changes, about={"chosen": chosen})
+
+    while True:
+        trials = [make_trial(rate) for rate in rates]
+        found = [trial.record("methods") for trial in trials]
+        if None in found or len(rates) == MOST_RATES:
+            return trials
+        best = found.index(max(found, key=top1))
+        if best == 0:
+            rates.insert(0, rates[0] / 3)
+        elif best == len(rates) - 1:
+            rates.append(rates[-1] * 3)
+        else:
+            return trials
 
 
-def temperature_trials(method: str, data_dir: str) -> list[Trial]:
-    """With the optimizer and the rate that did best."""
+def temperature_trials(method: str, best: dict, data_dir: str = "") -> list[Trial]:
+    """Other temperatures for the best of the rates' tries."""
     published = baselines.METHODS[method].get("temperature")
-    if published is None:
-        return []
-    best = best_try(method, but_temperatures=True)
     trials = []
-    for factor in FACTORS_OF_TEMPERATURE:
+    for factor in FACTORS_OF_TEMPERATURE if published else ():
         chosen = f"{best['chosen']} --temperature {factor * published:g}"
-        about = {"method": method, "chosen": chosen}
         changes = flags_of(method, data_dir, f"{chosen} --epochs {best['epochs']}")
         name = f"{best['name']}-temperature-{factor * published:g}"
-        trials.append(Trial(name, changes, about=about))
+        trials.append(Trial(name, changes, about={"chosen": chosen}))
     return trials
 
 
-def best_try(method: str, but_temperatures: bool = False) -> dict:
-    """The record of the best try of a method. Raises `UsageError` where there is none."""
-    found = []
-    for record in by_key(read("methods"), "method").get(method, []):
-        of_temperature = "--temperature" in record.get("chosen", "")
-        if record["name"].startswith("search-") and not (but_temperatures and of_temperature):
-            found.append(record)
-    if not found:
-        raise UsageError(
-            f"No try of {method} is on record; run python -m study.experiments.methods search."
-        )
-    return max(found, key=lambda record: record["metrics"]["linear_top1"])
+def top1(record: dict) -> float:
+    return record["metrics"]["linear_top1"]
 
 
-def score_bag(trial: Trial, data: Dataset) -> dict:
-    """The metrics of a try. One whose loss is not finite is a miss, and the search goes on."""
-    try:
-        return carry_out(trial, data, probe_bag)
-    except FloatingPointError:
-        return {"linear_top1": 0.0, "knn_top1": 0.0, "diverged": True}
+def next_tries(method: str, data_dir: str = "") -> list[Trial]:
+    """Those that what is on record leads to; with none missing, all that the search is made of."""
+    trials = []
+    for kind in published_kinds(method):
+        trials += rate_trials(method, *kind, data_dir)
+    if any(not trial.record("methods") for trial in trials):
+        return trials
+    optimizer = max((trial.record("methods") for trial in trials), key=top1)["optimizer"]
+    trials += rate_trials(method, optimizer, SMALL_BATCH, data_dir)
+    if any(not trial.record("methods") for trial in trials):
+        return trials
+    best = max((trial.record("methods") for trial in trials), key=top1)
+    return trials + temperature_trials(method, best, data_dir)
 
 
-def search(data: Dataset, data_dir: str) -> None:
-    part = holdout(data, IMAGES)
-    for method in PEERS:
-        all_of("methods", rate_trials(method, data_dir), part, score_bag)
-        all_of("methods", temperature_trials(method, data_dir), part, score_bag)
+def search(method: str, data: Dataset, data_dir: str) -> None:
+    while any(not trial.record("methods") for trial in next_tries(method)):
+        make_all("methods", next_tries(method, data_dir), data, train_and_probe_bag)
+
+
+def best_try(method: str) -> dict:
+    """The record of a method's best try. Raises `UsageError` where one was not made."""
+    return max(records_of("methods", next_tries(method), f"{HERE} search"), key=top1)
 
 
 # ---- comparison ----
 
 
 def comparisons(data_dir: str, seeds: int) -> list[Trial]:
-    """At equal seconds and, where that is something else, at equal epochs."""
+    """At equal seconds and, but for EMP-SSL, where that is the same, at equal epochs.
+
+    The settings are those for equal seconds: nobody searched for three epochs.
+    """
     trials = []
     for seed in range(seeds):
         for method in ("empssl", *PEERS):
@@ -169,11 +196,18 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     data = load_dataset("imagefolder", typed.data_dir)
     if typed.what == "speed":
-        all_of("methods", speed_trials(typed.data_dir), fewer(data, IMAGES), train_alone)
+        trials = []
+        for method in ("empssl", *PEERS):
+            kinds = published_kinds(method)
+            if method != "empssl":
+                kinds += [(optimizer, SMALL_BATCH) for optimizer, _ in kinds]
+            trials += [speed_trial(method, *kind, typed.data_dir) for kind in kinds]
+        make_all("methods", trials, fewer(data, IMAGES), time_epochs)
     elif typed.what == "search":
-        search(data, typed.data_dir)
+        for method in PEERS:
+            search(method, holdout(data, IMAGES), typed.data_dir)
     else:
-        all_of("methods", comparisons(typed.data_dir, typed.seeds), fewer(data, IMAGES))
+        make_all("methods", comparisons(typed.data_dir, typed.seeds), fewer(data, IMAGES))
 
 
 if __name__ == "__main__":

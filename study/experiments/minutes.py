@@ -3,24 +3,25 @@
     python -m study.experiments.minutes
 
 All training images, each method with the settings that study.experiments.methods found for it, for
-as many epochs as take the seconds of preset laptop's ten minutes. A training is probed on its way,
-after about an eighth, a quarter and a half of its epochs. Records are kept in minutes.jsonl.
+as many epochs as take the seconds of preset laptop's ten minutes. A training is probed after about
+a quarter, a half and three quarters of its epochs, while its learning rate has yet to fall: so it
+has less there than a training of that length would end with. Records are kept in minutes.jsonl.
 """
 
+import empssl
 from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset
 from empssl_support.machine import keep_freed_memory
 from empssl_support.runs import Run
-from study.experiments.methods import PEERS, best_try, flags_of, seconds_of_an_epoch
+from study.experiments.methods import PEERS, best_try, epochs_in, flags_of, seconds_of_ours
 from study.experiments.runs import flags
-from study.experiments.trials import Trial, all_of, probe, probe_bag, train
+from study.experiments.trials import Trial, make_all, probe_bag, train
 
 EPOCHS = 4  # of EMP-SSL
-SHARES = (1 / 8, 1 / 4, 1 / 2)  # of a training's epochs, after which it is probed
+SHARES = (1 / 4, 1 / 2, 3 / 4)  # of a training's epochs, after which it is probed
 
 
 def ten_minutes(data_dir: str, seeds: int) -> list[Trial]:
-    seconds = EPOCHS * seconds_of_an_epoch("empssl", "muon")
     trials = []
     for seed in range(seeds):
         for method in ("empssl", *PEERS):
@@ -28,13 +29,14 @@ def ten_minutes(data_dir: str, seeds: int) -> list[Trial]:
             if method != "empssl":
                 best = best_try(method)
                 chosen = best["chosen"]
-                epochs = round(seconds / seconds_of_an_epoch(method, best["optimizer"]))
+                kind = best["optimizer"], best["batch"]
+                epochs = epochs_in(seconds_of_ours(EPOCHS), method, *kind)
             changes = f"{chosen} --epochs {epochs}".strip()
             trials.append(Trial(method, flags_of(method, data_dir, changes), seed))
     return trials
 
 
-def carry_out(trial: Trial, data: Dataset) -> dict:
+def make(trial: Trial, data: Dataset) -> dict:
     """The metrics after the last epoch, and a curve: seconds and accuracies on the way there."""
     config = trial.settings()
     probed = {round(share * config.epochs) for share in SHARES} - {0, config.epochs}
@@ -49,7 +51,7 @@ def carry_out(trial: Trial, data: Dataset) -> dict:
 
     run = Run(at_epoch_end=at_epoch_end)
     encoder, metrics = train(config, data, run)
-    metrics |= probe(encoder, config, data)
+    metrics |= empssl.probe(*empssl.features_of_splits(encoder, data, config), data)
     curve.append({"seconds": metrics["train_seconds"], "linear_top1": metrics["linear_top1"]})
     return metrics | {"curve": curve}
 
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     typed = parser.parse_args(argv)
     keep_freed_memory()
     data = load_dataset("imagefolder", typed.data_dir)
-    all_of("minutes", ten_minutes(typed.data_dir, typed.seeds), data, carry_out)
+    make_all("minutes", ten_minutes(typed.data_dir, typed.seeds), data, make)
 
 
 if __name__ == "__main__":

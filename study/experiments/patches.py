@@ -6,11 +6,12 @@ n = 2, 5, 10, 20 and 50 patches, 300 steps each, in two comparisons, three seeds
     patches  1,000 patches a batch, of 1,000 / n images: all see as many patches
 
 How strongly lambda pulls depends on n, so each is made twice: with lambda = R_max, about the
-paper's ratio for n = 20, and with the lambda that brings the mean cosine between two patches of an
-image, c, to where it is for n = 20. That lambda is searched for with 100 steps. Records are kept in
-patches.jsonl.
+paper's ratio, and with the lambda that brings the mean cosine between two patches of an image, c,
+to where it is for n = 20. That lambda is searched for in runs of the same kind with another seed.
+Records are kept in patches.jsonl.
 """
 
+import copy
 import math
 
 import torch
@@ -22,15 +23,17 @@ from empssl_support.machine import keep_freed_memory
 from study.experiments.methods import flags_of
 from study.experiments.records import read
 from study.experiments.runs import flags
-from study.experiments.trials import Trial, all_of, fewer, probe_bag, train
+from study.experiments.trials import Trial, fewer, make_all, probe_bag, records_of, train
 
+COMPARISONS = ("images", "patches")
 NUMBERS = (2, 5, 10, 20, 50)
-REFERENCE = 20  # the paper's
+REFERENCE = 20  # the paper's; with 50 images a batch it belongs to both comparisons
 IMAGES = 15_000
 STEPS = 300
-STEPS_OF_SEARCH = 100
-NEAR_ENOUGH = 0.02  # of c
 DIM = 512
+SEED_OF_SEARCH = 100
+NEAR_ENOUGH = 0.015  # of c
+MOST_TRIES = 5
 
 
 def highest_rate(b: int, d: int = DIM, eps2: float = 0.2) -> float:
@@ -48,12 +51,16 @@ def pairwise_cosine(encoder: empssl.Encoder, config: empssl.Config, data: Datase
 
     By (n |m|^2 - 1) / (n - 1), where m is the mean of an image's n unit embeddings.
     """
-    n, encoder = 8, encoder.train()  # BatchNorm as in training: by the batch's own statistics
-    augmentation = empssl.training_augmentation(config, data.train_images.shape[2:])
+    # BatchNorm as in training, by the batch's own statistics; the encoder itself stays as it is.
+    encoder = copy.deepcopy(encoder).train()
+    n = 8
+    size = data.train_images.shape[2:]
+    augmentation = empssl.training_augmentation(config, size)
+    order = empssl.generator(0, "pairwise cosine", 0)
+    some = torch.randperm(len(data.train_images), generator=order)[:1000]
     found = []
-    for i, index in enumerate(torch.arange(min(1000, len(data.train_images))).split(50)):
-        chance = empssl.generator(0, "pairwise cosine", i)
-        size = data.train_images.shape[2:]
+    for i, index in enumerate(some.split(50)):
+        chance = empssl.generator(0, "pairwise cosine of", i)
         params = empssl.sample_patches(len(index), n, size, augmentation, chance)
         x = empssl.extract_patches(data.train_images, index, params, config.patch_size)
         z = encoder(x).unflatten(0, (n, -1))  # (n, b, d)
@@ -61,15 +68,15 @@ def pairwise_cosine(encoder: empssl.Encoder, config: empssl.Config, data: Datase
     return torch.cat(found).mean().item()
 
 
-def trial(name: str, data_dir: str, n: int, b: int, lam: float, steps: int, seed=0, **about):
-    """So many steps, on at most `IMAGES` images."""
-    images = min(IMAGES, b * steps)
+# ---- trials ----
+
+
+def make_trial(name: str, data_dir: str, n: int, b: int, lam: float, seed: int, **about) -> Trial:
+    """`STEPS` steps, on at most `IMAGES` images."""
+    images = min(IMAGES, b * STEPS)
     changes = f"--patches {n} --batch {b} --lam {lam:.4g}"
-    changes += f" --subset {images} --epochs {b * steps // images}"
+    changes += f" --subset {images} --epochs {b * STEPS // images}"
     return Trial(name, flags_of("empssl", data_dir, changes), seed, about | {"n": n})
-
-
-# ---- the lambda that gives a cosine ----
 
 
 def train_for_cosine(trial: Trial, data: Dataset) -> dict:
@@ -79,9 +86,33 @@ def train_for_cosine(trial: Trial, data: Dataset) -> dict:
     return metrics | {"cosine": pairwise_cosine(encoder, config, part)}
 
 
-def tries_of_lambda(n: int) -> list[tuple[float, float]]:
+def make(trial: Trial, data: Dataset) -> dict:
+    config = trial.settings()
+    encoder, metrics = train(config, fewer(data, config.subset))
+    part = fewer(data, IMAGES)
+    metrics |= {"cosine": pairwise_cosine(encoder, config, part)}
+    return metrics | probe_bag(encoder, config, part)
+
+
+# ---- the lambda that gives a cosine ----
+
+
+def try_of_lambda(comparison: str, n: int, lam: float, data_dir: str = "") -> Trial:
+    b = images_a_batch(comparison, n)
+    return make_trial(
+        f"lambda-{comparison}-{n}-{lam:.4g}", data_dir, n, b, lam, SEED_OF_SEARCH
+    )
+
+
+def reference(data_dir: str = "") -> Trial:
+    """The try whose cosine the others are brought to."""
+    return try_of_lambda("images", REFERENCE, highest_rate(50), data_dir)
+
+
+def tries_of_lambda(comparison: str, n: int) -> list[tuple[float, float]]:
     """(lambda, c) of what is on record, in its order."""
-    found = [r for r in read("patches") if r["name"].startswith(f"lambda-of-{n}-patches-")]
+    start = f"lambda-{comparison}-{n}-"
+    found = [record for record in read("patches") if record["name"].startswith(start)]
     return [(record["lam"], record["metrics"]["cosine"]) for record in found]
 
 
@@ -98,59 +129,50 @@ def next_lambda(tried: list[tuple[float, float]], wanted: float) -> float:
     return lam * math.exp(stride)
 
 
-def search_lambda(n: int, wanted: float | None, data: Dataset, data_dir: str, most: int = 5):
-    """Try lambdas for n patches, the first one R_max, until c is near enough to what is wanted."""
-    b = images_a_batch("images", n)
-    lam = highest_rate(b)
-    for _ in range(most):
-        tried = tries_of_lambda(n)
-        if tried and (wanted is None or closest(tried, wanted)[1] < NEAR_ENOUGH):
-            return
-        if tried:
-            lam = next_lambda(tried, wanted)
-        name = f"lambda-of-{n}-patches-{lam:.4g}"
-        one = trial(name, data_dir, n, b, lam, STEPS_OF_SEARCH)
-        all_of("patches", [one], data, train_for_cosine)
-
-
 def closest(tried: list[tuple[float, float]], wanted: float) -> tuple[float, float]:
     """The lambda whose c is nearest to `wanted`, and how far it is off."""
     lam, c = min(tried, key=lambda pair: abs(pair[1] - wanted))
     return lam, abs(c - wanted)
 
 
-def strength(n: int) -> float:
-    """lambda / R_max with which n patches have the cosine of the reference."""
-    (_, wanted), *_ = tries_of_lambda(REFERENCE)
-    lam, _ = closest(tries_of_lambda(n), wanted)
-    return lam / highest_rate(images_a_batch("images", n))
+def wanted_cosine() -> float:
+    (record,) = records_of("patches", [reference()], "study.experiments.patches")
+    return record["metrics"]["cosine"]
+
+
+def search_lambda(comparison: str, n: int, data: Dataset, data_dir: str) -> None:
+    """Try lambdas, the first one R_max, until c is near enough to what is wanted."""
+    wanted = wanted_cosine()
+    lam = highest_rate(images_a_batch(comparison, n))
+    make_all("patches", [try_of_lambda(comparison, n, lam, data_dir)], data, train_for_cosine)
+    tried = tries_of_lambda(comparison, n)
+    while closest(tried, wanted)[1] > NEAR_ENOUGH and len(tried) < MOST_TRIES:
+        lam = next_lambda(tried, wanted)
+        make_all("patches", [try_of_lambda(comparison, n, lam, data_dir)], data, train_for_cosine)
+        tried = tries_of_lambda(comparison, n)
 
 
 # ---- the comparison ----
 
 
 def comparisons(data_dir: str, seeds: int) -> list[Trial]:
+    """The reference, and of every other number and comparison one run of each lambda."""
     trials = []
     for seed in range(seeds):
-        for comparison in ("images", "patches"):
+        ours = make_trial("reference", data_dir, REFERENCE, 50, highest_rate(50), seed)
+        trials.append(ours)
+        for comparison in COMPARISONS:
             for n in NUMBERS:
+                if n == REFERENCE:
+                    continue
                 b = images_a_batch(comparison, n)
-                for how in ("fixed lambda", "equal cosine"):
-                    if n == REFERENCE and how == "equal cosine":
-                        continue  # it is the one with the fixed lambda
-                    lam = highest_rate(b) * (1 if how == "fixed lambda" else strength(n))
+                equal_cosine, _ = closest(tries_of_lambda(comparison, n), wanted_cosine())
+                lambdas = {"equal ratio": highest_rate(b), "equal cosine": equal_cosine}
+                for how, lam in lambdas.items():
                     name = f"equal-{comparison}-{n}-{how.replace(' ', '-')}"
                     about = {"comparison": comparison, "lambda_by": how}
-                    trials.append(trial(name, data_dir, n, b, lam, STEPS, seed, **about))
+                    trials.append(make_trial(name, data_dir, n, b, lam, seed, **about))
     return trials
-
-
-def carry_out(trial: Trial, data: Dataset) -> dict:
-    config = trial.settings()
-    encoder, metrics = train(config, fewer(data, config.subset))
-    part = fewer(data, IMAGES)
-    metrics |= {"cosine": pairwise_cosine(encoder, config, part)}
-    return metrics | probe_bag(encoder, config, part)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -158,12 +180,12 @@ def main(argv: list[str] | None = None) -> None:
     typed = parser.parse_args(argv)
     keep_freed_memory()
     data = load_dataset("imagefolder", typed.data_dir)
-    search_lambda(REFERENCE, None, data, typed.data_dir)
-    (_, wanted), *_ = tries_of_lambda(REFERENCE)
-    for n in NUMBERS:
-        if n != REFERENCE:
-            search_lambda(n, wanted, data, typed.data_dir)
-    all_of("patches", comparisons(typed.data_dir, typed.seeds), data, carry_out)
+    make_all("patches", [reference(typed.data_dir)], data, train_for_cosine)
+    for comparison in COMPARISONS:
+        for n in NUMBERS:
+            if n != REFERENCE:
+                search_lambda(comparison, n, data, typed.data_dir)
+    make_all("patches", comparisons(typed.data_dir, typed.seeds), data, make)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from empssl_support.data import Dataset, load_dataset
 from empssl_support.machine import keep_freed_memory
 from empssl_support.small import convolution, residual
 from study.experiments.runs import flags
-from study.experiments.trials import Trial, all_of, holdout, probe, train
+from study.experiments.trials import Trial, holdout, make_all, train
 
 
 class Try(NamedTuple):
@@ -101,15 +101,16 @@ def falling_late(decay: float, lr: float, t: int, T: int) -> float:
     return lr * min(1, (1 - t / T) / decay)
 
 
-def trial(name: str, tried: Try, seed: int, data_dir: str) -> Trial:
+def make_trial(name: str, tried: Try, seed: int, data_dir: str) -> Trial:
     where = f"--dataset imagefolder --data-dir {shlex.quote(data_dir)}"
     flags = f"--method empssl {where} --preset laptop --device cpu {tried.flags}"
     return Trial(f"try-{name}", flags, seed, about=tried._asdict())
 
 
-def carry_out(trial: Trial, data: Dataset) -> dict:
+def make(trial: Trial, data: Dataset) -> dict:
     """The metrics of a try."""
     tried = Try(**trial.about)
+    config = trial.settings()
     part = holdout(data, tried.images)
     # Its encoder, its Newton-Schulz steps and its schedule stand in the place of the preset's.
     substitutes = {
@@ -119,8 +120,8 @@ def carry_out(trial: Trial, data: Dataset) -> dict:
     if tried.decay:
         substitutes["cosine"] = functools.partial(falling_late, tried.decay)
     with mock.patch.multiple(empssl, **substitutes):
-        encoder, metrics = train(trial.settings(), part)
-    return metrics | probe(encoder, trial.settings(), part)
+        encoder, metrics = train(config, part)
+    return metrics | empssl.probe(*empssl.features_of_splits(encoder, part, config), part)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -134,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     trials = []
     for seed in range(typed.seeds):
         for name in typed.names or TRIES:
-            trials.append(trial(name, TRIES[name], seed, typed.data_dir))
-    all_of("laptop", trials, data, carry_out)
+            trials.append(make_trial(name, TRIES[name], seed, typed.data_dir))
+    make_all("laptop", trials, data, make)
 
 
 if __name__ == "__main__":

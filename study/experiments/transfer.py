@@ -8,14 +8,13 @@ Records are kept in transfer.jsonl.
 """
 
 import shlex
-from pathlib import Path
 
 from empssl_support.cli import UsageError, one_sentence
-from empssl_support.data import DATASETS, Dataset, load_dataset
+from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
 from empssl_support.machine import keep_freed_memory
 from study.experiments.methods import EPOCHS, IMAGES, best_try
 from study.experiments.runs import flags
-from study.experiments.trials import Trial, all_of, fewer, probe_bag, train
+from study.experiments.trials import Trial, fewer, make_all, probe_bag, train
 
 METHODS = ("empssl", "simclr", "vicreg")
 
@@ -62,19 +61,17 @@ def of_classes(data: Dataset, first: int, last: int) -> Dataset:
     )
 
 
-def name(where: str) -> str:
-    return Path(where).name.replace(":", "-")
-
-
-def trial(method: str, source: str, target: str, changes: str, seed: int, most=None) -> Trial:
+def make_trial(method: str, source: str, target: str, changes: str, seed: int, most=None) -> Trial:
     """most: of training images."""
     place = source.partition(":")[0]
-    data = f"--dataset {place}" if place in DATASETS else "--dataset imagefolder"
-    if place not in DATASETS:
-        data += f" --data-dir {shlex.quote(place)}"
+    where = f"--dataset imagefolder --data-dir {shlex.quote(place)}"
+    if place in DATASETS:
+        where = f"--dataset {place}"
     about = {"source": source, "target": target, "images": most}
-    flags = f"--method {method} {data} {changes}"
-    return Trial(f"{method}-from-{name(source)}-to-{name(target)}", flags, seed, about)
+    named = f"{method} from {source} to {target}"
+    if most:
+        named += f", of at most {most:,} images"
+    return Trial(named, f"--method {method} {where} {changes}", seed, about)
 
 
 def of_the_table(folder: str, seeds: int) -> list[Trial]:
@@ -89,21 +86,31 @@ def of_the_table(folder: str, seeds: int) -> list[Trial]:
                     chosen, epochs = best["chosen"], best["epochs"]
                 changes = f"--preset laptop --device cpu --augmentation light {chosen}".strip()
                 changes += f" --epochs {epochs}"
-                trials.append(trial(method, source, target, changes, seed, IMAGES))
+                trials.append(make_trial(method, source, target, changes, seed, IMAGES))
     return trials
 
 
-def carry_out(trial: Trial, data_dir: str) -> dict:
-    """The accuracy on the target's test images, and on the source's own where it has labels."""
+def make(trial: Trial, data_dir: str) -> dict:
+    """The accuracy on the target's test images, and on the source's own where it has labels.
+
+    Raises `UsageError` for a target without labels.
+    """
     config, most = trial.settings(), trial.about["images"]
 
     def some(where: str) -> Dataset:
         data = images(where, data_dir)
-        return fewer(data, most) if most and most < len(data.train_images) else data
+        if most and most < len(data.train_images):
+            data = fewer(data, most)
+        return to_device(data, config.device)
 
-    source = some(trial.about["source"])
+    source, target = some(trial.about["source"]), some(trial.about["target"])
+    if target.test_labels is None:
+        raise UsageError(
+            f"{trial.about['target']} has no labels to probe with; give --to a folder that has "
+            f"train/<class>/ and test/<class>/."
+        )
     encoder, metrics = train(config, source)
-    metrics |= probe_bag(encoder, config, some(trial.about["target"]))
+    metrics |= probe_bag(encoder, config, target)
     if source.test_labels is not None:
         own = probe_bag(encoder, config, source)
         metrics |= {f"source_{key}": value for key, value in own.items()}
@@ -116,11 +123,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--to", dest="target", default="cifar100", help="labelled, to probe on")
     typed = parser.parse_args(argv)
     keep_freed_memory()
-    trials = of_the_table("data/cifar10-jpeg", typed.seeds) if typed.source is None else []
-    if typed.source:
-        for seed in range(typed.seeds):
-            trials.append(trial("empssl", typed.source, typed.target, "", seed))
-    all_of("transfer", trials, typed.data_dir, carry_out)
+    if typed.source is None:
+        trials = of_the_table(f"{typed.data_dir}/cifar10-jpeg", typed.seeds)
+    else:
+        ends = typed.source, typed.target
+        trials = [make_trial("empssl", *ends, "", seed) for seed in range(typed.seeds)]
+    make_all("transfer", trials, typed.data_dir, make)
 
 
 if __name__ == "__main__":

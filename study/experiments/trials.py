@@ -27,6 +27,16 @@ class Trial(NamedTuple):
     def settings(self) -> baselines.Config:
         return baselines.settings(shlex.split(f"{self.flags} --seed {self.seed}"))
 
+    def record(self, table: str) -> dict | None:
+        """What is kept of it, if that is of the same settings, wherever the data lie."""
+        ours = dataclasses.asdict(self.settings()) | self.about
+        del ours["data_dir"], ours["name"]
+        for record in read(table):
+            same = (record["name"], record["seed"]) == (self.name, self.seed)
+            if same and all(record.get(key, value) == value for key, value in ours.items()):
+                return record
+        return None
+
 
 # ---- the images ----
 
@@ -68,18 +78,27 @@ def fewer(data: Dataset, images: int) -> Dataset:
 
 def train(config: baselines.Config, data: Dataset, run=None) -> tuple[empssl.Encoder, dict]:
     """The encoder and the last record of its training."""
+    config.patch_size = config.patch_size or min(224, *data.train_images.shape[2:])
     encoder, augmentation, objective = baselines.method(config, data)
-    record = empssl.train(encoder, data.train_images, config, augmentation, objective, run)
-    return encoder, record
+    metrics = empssl.train(encoder, data.train_images, config, augmentation, objective, run)
+    return encoder, metrics
 
 
-def probe(encoder: empssl.Encoder, config: baselines.Config, data: Dataset) -> dict:
-    """The bag of patches, the quadrants and kNN."""
-    return empssl.probe(*empssl.features_of_splits(encoder, data, config), data)
+def train_and_probe(trial: Trial, data: Dataset) -> dict:
+    """By the bag of patches, the quadrants and kNN."""
+    config = trial.settings()
+    encoder, metrics = train(config, data)
+    return metrics | empssl.probe(*empssl.features_of_splits(encoder, data, config), data)
+
+
+def train_and_probe_bag(trial: Trial, data: Dataset) -> dict:
+    config = trial.settings()
+    encoder, metrics = train(config, data)
+    return metrics | probe_bag(encoder, config, data)
 
 
 def probe_bag(encoder: empssl.Encoder, config: baselines.Config, data: Dataset) -> dict:
-    """The bag of patches and kNN, in half the seconds."""
+    """By the bag of patches and kNN: half the seconds of the quadrants too."""
     h, test_h = (
         empssl.embed(encoder, images, config.eval_patches, precision=config.precision)
         for images in (data.train_images, data.test_images)
@@ -89,25 +108,29 @@ def probe_bag(encoder: empssl.Encoder, config: baselines.Config, data: Dataset) 
     return {"linear_top1": top1, "knn_top1": knn}
 
 
-def carry_out(trial: Trial, data: Dataset, probe=probe) -> dict:
-    """The metrics of a trial."""
-    config = trial.settings()
-    encoder, metrics = train(config, data)
-    return metrics | probe(encoder, config, data)
+def make_all(table: str, trials: list[Trial], data, make=train_and_probe) -> None:
+    """Make the trials whose record is not kept: their metrics are `make(trial, data)`.
 
-
-def record(trial: Trial, metrics: dict) -> dict:
-    """The line that is kept of a trial."""
-    about = dataclasses.asdict(trial.settings()) | trial.about | provenance("cpu")
-    return about | {"name": trial.name, "features": "grid", "metrics": metrics}
-
-
-def all_of(table: str, trials: list[Trial], data, carry_out=carry_out) -> None:
-    """Make the trials whose record is not kept: their metrics are `carry_out(trial, data)`."""
-    kept = {(record["name"], record["seed"]) for record in read(table)}
-    left = [trial for trial in trials if (trial.name, trial.seed) not in kept]
+    One whose loss is not finite is a miss, with an accuracy of 0, and the others go on.
+    """
+    left = [trial for trial in trials if not trial.record(table)]
     print(f"{len(left)} of {len(trials)} trials are left to make")
+    code = provenance("cpu")  # before anything is made: of the code that was loaded
     for trial in progress(left, desc=table, unit="trial"):
-        metrics = carry_out(trial, data)
-        keep(table, record(trial, metrics))
+        settings = dataclasses.asdict(trial.settings()) | trial.about
+        about = settings | code | {"started": provenance("cpu")["started"]}
+        try:
+            metrics = make(trial, data)
+        except FloatingPointError:
+            metrics = {"linear_top1": 0.0, "knn_top1": 0.0, "diverged": True}
+        keep(table, about | {"name": trial.name, "features": "grid", "metrics": metrics})
         print(trial.name, trial.seed, metrics, flush=True)
+
+
+def records_of(table: str, trials: list[Trial], command: str) -> list[dict]:
+    """Raises `UsageError` where one was not made, and names the command that makes it."""
+    found = [trial.record(table) for trial in trials]
+    if None in found:
+        missing = trials[found.index(None)].name
+        raise UsageError(f"{missing} is not on record; run python -m {command} first.")
+    return found
