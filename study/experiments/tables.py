@@ -91,6 +91,7 @@ def result() -> str:
         passes = f"{first['epochs']} epochs" if first["epochs"] > 1 else "1 epoch"
         # Other work on the machine changes seconds, and nothing else.
         alone = [run for run in runs if "other_work_on_the_machine" not in run]
+        seconds = average(alone, "train_seconds", " s") if alone else "beside other work"
         before = [accuracy(runs, f"{what}_knn_top1") for what in ("untrained", "raw_pixels")]
         rows.append(
             [
@@ -100,7 +101,7 @@ def result() -> str:
                 accuracy(runs, "quadrants_top1"),
                 accuracy(runs, "knn_top1"),
                 ", ".join(filter(None, before)),
-                f"{passes}, {average(alone, 'train_seconds')} s",
+                f"{passes}, {seconds}",
                 processor(first),
                 len(runs),
             ]
@@ -125,7 +126,8 @@ def kmeans_rows() -> list[list]:
 
 def processor(run: dict) -> str:
     """Its name, its threads and whether it has bf16, without its other vector instructions."""
-    return re.sub(r", (AVX|AMX)[^,)]*", "", run["hardware"])
+    name = re.sub(r", (AVX|AMX)[^,)]*", "", run["hardware"])
+    return name.replace(" 1 threads", " 1 thread")
 
 
 def laptop_tries() -> str:
