@@ -127,7 +127,7 @@ def kmeans_rows() -> list[list]:
 def processor(run: dict) -> str:
     """Its name, its threads and whether it has bf16, without its other vector instructions."""
     name = re.sub(r", (AVX|AMX)[^,)]*", "", run["hardware"])
-    return name.replace(" 1 threads", " 1 thread")
+    return re.sub(r"\b1 threads", "1 thread", name)
 
 
 def laptop_tries() -> str:
