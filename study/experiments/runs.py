@@ -57,6 +57,8 @@ class Recipe(NamedTuple):
         """Whether a stored run is of this recipe. What is None is the data set's to say."""
         ours = vars(self.settings())
         ignored = {"name", "force", "data_dir", "epochs" if ours["eval_only"] else ""}
+        if ours.get("method") == "supervised":
+            ignored.add("dim")  # as many as there are classes
         return all(ours[k] in (None, stored.get(k)) for k in ours.keys() - ignored)
 
     def record(self) -> dict | None:
