@@ -168,9 +168,11 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
     assert shapes == "| shapes |  | 0.900 |  | 0.800 |  | 1 epoch, 60 s | abacus | 1 |"
     # Seconds of a run that shared the machine say nothing, its accuracy does.
     shared = {"other_work_on_the_machine": True, "hardware": "abacus (1 threads)"}
+    shared["resumed"] = 2 * [{"step": 5, "resumed": {"hardware": "abacus (2 threads)"}}]
     records.keep("shapes", a_record("shapes", 0, **metrics) | settings | shared)
     last = tables.result().splitlines()[-1]
-    assert last.endswith("| 2 epochs, beside other work | abacus (1 thread) | 1 |")
+    where = "abacus (1 thread), then abacus (2 threads)"
+    assert last.endswith(f"| 2 epochs, beside other work | {where} | 1 |")
 
 
 def test_kmeans_stands_beside_with_the_seconds_of_all_that_it_does(results):

@@ -125,9 +125,16 @@ def kmeans_rows() -> list[list]:
 
 
 def processor(run: dict) -> str:
-    """Its name, its threads and whether it has bf16, without its other vector instructions."""
-    name = re.sub(r", (AVX|AMX)[^,)]*", "", run["hardware"])
-    return re.sub(r"\b1 threads", "1 thread", name)
+    """Its name, its threads and whether it has bf16, without its other vector instructions.
+
+    Where a run went on with another number of threads, or elsewhere, both are named.
+    """
+    resumed = [mark["resumed"]["hardware"] for mark in run.get("resumed", [])]
+    names = []
+    for hardware in [run["hardware"], *resumed]:
+        name = re.sub(r", (AVX|AMX)[^,)]*", "", hardware)
+        names.append(re.sub(r"\b1 threads", "1 thread", name))
+    return ", then ".join(dict.fromkeys(names))
 
 
 def laptop_tries() -> str:
