@@ -54,8 +54,8 @@ def short_runs(monkeypatch, few_shapes):
     monkeypatch.setattr(data, "shapes", lambda: few_shapes)
     probe = empssl.linear_probe
 
-    def short_probe(*features, epochs=3):
-        return probe(*features, epochs=epochs)
+    def short_probe(*features, epochs=3, **how):
+        return probe(*features, epochs=epochs, **how)
 
     monkeypatch.setattr(empssl, "linear_probe", short_probe)
 

@@ -258,14 +258,15 @@ def test_a_run_and_its_record():
 def test_the_headline_is_the_bags_and_quadrants_stand_beside(monkeypatch):
     seen = []
 
-    def probe(train, train_labels, test, test_labels):
-        seen.append((train, test))
+    def probe(train, train_labels, test, test_labels, lr=0.03):
+        seen.append((train, test, lr))
         return len(seen) / 10, 1.0
 
     monkeypatch.setattr(empssl, "linear_probe", probe)
     record = main([*SHAPES, "--name", "demo"])
-    (bag, _), (quadrants, test_quadrants) = seen
+    (bag, _, official), (quadrants, test_quadrants, lr) = seen
     assert bag.shape == (60, 16)
+    assert (official, lr) == (0.03, 0.003)  # four times as many features overfit sooner
     assert quadrants.shape == (60, 64) and test_quadrants.shape == (40, 64)
     torch.testing.assert_close(quadrants.view(60, 4, 16).mean(1), bag)
     assert (record["linear_top1"], record["quadrants_top1"]) == (0.1, 0.2)
