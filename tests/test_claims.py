@@ -98,7 +98,7 @@ def test_differences_are_of_pairs_of_one_seed_in_points(searched):
         for seed, top1 in enumerate(accuracies):
             records.keep("claims", {"name": name, "seed": seed, "metrics": {"linear_top1": top1}})
     claim = claims.Claim("paper", "a is better", "a", "b", "epochs")
-    assert claims.differences(claim) == pytest.approx([10, 5])
+    assert claims.paired(claim) == pytest.approx([10, 5])
 
 
 @pytest.mark.parametrize(

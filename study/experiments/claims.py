@@ -21,8 +21,9 @@ from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset
 from empssl_support.files import save_encoder
 from empssl_support.machine import keep_freed_memory
+from study.experiments.cells import differences
 from study.experiments.methods import EPOCHS, IMAGES, best_try, flags_of, top1
-from study.experiments.records import read
+from study.experiments.records import named
 from study.experiments.runs import flags
 from study.experiments.trials import (
     Trial,
@@ -254,12 +255,10 @@ def make(trial: Trial, data: Dataset) -> dict:
 QUANTILES = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 
 
-def differences(claim: Claim, metric: str = "linear_top1") -> list[float]:
+def paired(claim: Claim, metric: str = "linear_top1") -> list[float]:
     """`first` over `second`, in points, of each seed that both have."""
-    found = {(r["name"], r["seed"]): r["metrics"].get(metric) for r in read("claims")}
-    seeds = sorted(seed for name, seed in found if name == claim.first)
-    pairs = [(found[claim.first, s], found.get((claim.second, s))) for s in seeds]
-    return [100 * (a - b) for a, b in pairs if b is not None]
+    first, second = (named("claims", name) for name in (claim.first, claim.second))
+    return differences(first, second, metric)
 
 
 def verdict(points: list[float], above: float) -> str:

@@ -99,9 +99,7 @@ def make(trial: Trial, data: Dataset) -> dict:
 
 def try_of_lambda(comparison: str, n: int, lam: float, data_dir: str = "") -> Trial:
     b = images_a_batch(comparison, n)
-    return make_trial(
-        f"lambda-{comparison}-{n}-{lam:.4g}", data_dir, n, b, lam, SEED_OF_SEARCH
-    )
+    return make_trial(f"lambda-{comparison}-{n}-{lam:.4g}", data_dir, n, b, lam, SEED_OF_SEARCH)
 
 
 def reference(data_dir: str = "") -> Trial:

@@ -1,18 +1,20 @@
-"""docs/peers.png: how well each method does, and in how many seconds of training.
+"""Two pictures, from the records: python -m study.experiments.plot
 
-    python -m study.experiments.plot
+docs/peers.png is of ten minutes of each method, its accuracy against the seconds of training;
+docs/numbers.png of numbers of patches, at equal images and at equal patches.
 """
 
+import statistics
 from pathlib import Path
 
 from empssl_support.cli import one_sentence
 from empssl_support.report import pyplot
-from study.experiments.records import mean_and_deviation, read
-from study.experiments.tables import METHODS, peers_runs, representation
+from study.experiments import patches
+from study.experiments.cells import METHODS
+from study.experiments.comparisons import of_patches
+from study.experiments.records import mean_and_deviation, named
 
-PLOT = Path(__file__).resolve().parent.parent.parent / "docs" / "peers.png"
-TITLE = """Test accuracy of a linear probe of the representation
-left end of a line: one epoch; right end: the seconds of EMP-SSL's one epoch"""
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 COLOURS = {
     "empssl": "#d1342f",
     "simclr": "#2c6fb7",
@@ -22,53 +24,80 @@ COLOURS = {
     "swav": "#e08a1e",
     "byol": "#6b7280",
 }
-PALE = "#8b929c"
 
 
-def draw_peers() -> None:
-    """A line a method. Raises `UsageError` where matplotlib is not installed."""
+def draw_ten_minutes() -> None:
+    """A line a method, its mean over seeds. Nothing is drawn where there are no records."""
+    curves = {method: curve_of(named("minutes", method)) for method in COLOURS}
+    curves = {method: curve for method, curve in curves.items() if curve}
+    if not curves:
+        return
     figure, axes = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
-    ends = {}
-    for what, colour in COLOURS.items():
-        points = [point(peers_runs(what, budget)) for budget in ("one epoch", "equal seconds")]
-        seconds, means, deviations = zip(*points, strict=True)
-        look = {"marker": "*", "markersize": 17} if what == "empssl" else {"marker": "o"}
-        axes.errorbar(seconds, means, deviations, color=colour, capsize=3, **look)
-        ends[what] = means[-1]
+    for method, curve in curves.items():
+        look = {"marker": "*", "markersize": 15} if method == "empssl" else {"marker": "o"}
+        seconds, means, deviations = zip(*curve, strict=True)
+        axes.errorbar(seconds, means, deviations, color=COLOURS[method], capsize=3, **look)
+    label_the_ends(axes, {method: curve[-1] for method, curve in curves.items()})
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds of training on two CPU cores")
+    title = "Linear probe of the bag of patches, test images; mean ± deviation over seeds"
+    finish(figure, axes, title, "peers.png")
 
-    untrained = [run for run in read("peers") if run["what"] == "untrained"]
-    _, mean, _ = point(untrained)
-    axes.axhline(mean, color=PALE, linestyle=":")
-    axes.text(13, mean + 0.001, "untrained encoder", color=PALE)
 
-    axes.set_xscale("log")
-    axes.set_xlim(12, 480)
-    ticks = (15, 30, 60, 120, 240)
-    axes.set_xticks(ticks, ticks)
-    axes.minorticks_off()
+def curve_of(runs: list[dict]) -> list[tuple[float, float, float]]:
+    """Mean seconds, mean accuracy and its deviation at each probe of a method's runs."""
+    points = []
+    for probes in zip(*(run["metrics"]["curve"] for run in runs), strict=True):
+        accuracies = [probe["linear_top1"] for probe in probes]
+        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        seconds = statistics.mean(probe["seconds"] for probe in probes)
+        points.append((seconds, statistics.mean(accuracies), deviation))
+    return points
+
+
+def label_the_ends(axes, ends: dict[str, tuple[float, float, float]]) -> None:
+    """Each method's name beside its line's end, pushed up where it would meet the one below."""
+    apart = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    right = max(seconds for seconds, _, _ in ends.values())
+    lowest = float("-inf")
+    for method, (_, mean, _) in sorted(ends.items(), key=lambda end: end[1][1]):
+        lowest = max(mean, lowest + apart)
+        name = METHODS[method]
+        axes.text(1.03 * right, lowest, name, color=COLOURS[method], fontsize=13, va="center")
+    axes.set_xlim(right=1.3 * right)
+
+
+def draw_numbers_of_patches() -> None:
+    """A panel a comparison, a line for each way to choose lambda."""
+    if not named("patches", "reference"):
+        return
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    ways = {"equal ratio": "#2c6fb7", "equal cosine": "#d1342f"}
+    labels = {"equal ratio": "lambda = R_max", "equal cosine": "lambda for equal cosine"}
+    for axes, comparison in zip(panels, patches.COMPARISONS, strict=True):
+        for how, colour in ways.items():
+            found = {n: of_patches(comparison, n, how) for n in patches.NUMBERS}
+            drawn = [(n, *mean_and_deviation(runs, "linear_top1")) for n, runs in found.items()]
+            numbers, means, deviations = zip(*drawn, strict=True)
+            deviations = [deviation or 0.0 for deviation in deviations]
+            look = {"color": colour, "marker": "o", "capsize": 3, "label": labels[how]}
+            axes.errorbar(numbers, means, deviations, **look)
+        axes.set_xscale("log")
+        axes.set_xticks(patches.NUMBERS, patches.NUMBERS)
+        axes.minorticks_off()
+        axes.set_xlabel("patches an image")
+        axes.legend(frameon=False)
+        finish(figure, axes, f"Equal {comparison}: 300 steps", "numbers.png")
+
+
+def finish(figure, axes, title: str, name: str) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("seconds of training on two CPU cores; mean ± deviation of three seeds")
-    axes.set_title(TITLE, loc="left", fontsize=11)
-    label(axes, ends)
-    figure.savefig(PLOT, dpi=150)
-
-
-def point(runs: list[dict]) -> tuple[float, float, float]:
-    """Mean seconds, mean accuracy, and its deviation."""
-    seconds = [run["metrics"].get("train_seconds", 0) for run in runs]
-    mean, deviation = mean_and_deviation(runs, representation(runs))
-    return sum(seconds) / len(seconds), mean, deviation or 0.0
-
-
-def label(axes, ends: dict[str, float], apart: float = 0.0088) -> None:
-    """Each method's name at its line's end, pushed up where it would meet the one below."""
-    lowest = float("-inf")
-    for what, mean in sorted(ends.items(), key=lambda end: end[1]):
-        lowest = max(mean, lowest + apart)
-        axes.text(280, lowest, METHODS[what], color=COLOURS[what], fontsize=13, va="center")
+    axes.set_title(title, loc="left", fontsize=11)
+    figure.savefig(DOCS / name, dpi=150)
 
 
 if __name__ == "__main__":
     with one_sentence():
-        draw_peers()
+        draw_ten_minutes()
+        draw_numbers_of_patches()

@@ -25,6 +25,11 @@ def read(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def named(table: str, name: str) -> list[dict]:
+    """The records of one name, of every seed."""
+    return [record for record in read(table) if record["name"] == name]
+
+
 def keep(name: str, record: dict) -> None:
     """Write `record` to study/results/<name>.jsonl, in place of the line of its name and seed.
 

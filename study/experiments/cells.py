@@ -1,0 +1,73 @@
+"""What the cells of a table say of a few records. An empty cell: nothing was measured."""
+
+import statistics
+from pathlib import Path
+
+from study.experiments.records import mean_and_deviation
+
+METHODS = {
+    "empssl": "EMP-SSL",
+    "simclr": "SimCLR",
+    "vicreg": "VICReg",
+    "byol": "BYOL",
+    "swav": "SwAV",
+    "ressl": "ReSSL",
+    "single": "single-branch",
+}
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    """Markdown; nothing where there are no rows."""
+    if not rows:
+        return ""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def accuracy(records: list[dict], key: str = "linear_top1") -> str:
+    """Mean ± deviation of a metric; empty where a record lacks it."""
+    if not records or any(key not in record["metrics"] for record in records):
+        return ""
+    mean, deviation = mean_and_deviation(records, key)
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
+
+
+def average(records: list[dict], key: str, unit: str = "") -> str:
+    """A mean to whole numbers; empty where a record lacks it."""
+    if not records or any(key not in record["metrics"] for record in records):
+        return ""
+    return f"{mean_and_deviation(records, key)[0]:,.0f}{unit}"
+
+
+def extent(values: list[int]) -> str:
+    """The value, or from which to which they go: 9 to 10."""
+    if not values:
+        return ""
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def steps(records: list[dict]) -> str:
+    seen = [r["metrics"]["patches_seen"] // (r["patches"] * r["batch"]) for r in records]
+    return extent(seen)
+
+
+def differences(firsts: list[dict], seconds: list[dict], key: str = "linear_top1") -> list[float]:
+    """First minus second, in points (of 100), of each seed that both have."""
+    of_second = {r["seed"]: r["metrics"][key] for r in seconds if key in r["metrics"]}
+    pairs = [(r["metrics"][key], of_second[r["seed"]]) for r in firsts if r["seed"] in of_second]
+    return [100 * (first - second) for first, second in pairs]
+
+
+def points(found: list[float]) -> str:
+    """Mean ± deviation of differences, with their sign."""
+    if not found:
+        return ""
+    mean = f"{statistics.mean(found):+.1f}"
+    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.1f}"
+
+
+def data_name(record: dict) -> str:
+    if record["dataset"] != "imagefolder":
+        return record["dataset"]
+    return Path(record["data_dir"]).name

@@ -1,0 +1,258 @@
+"""The tables of docs/peers.md: methods, minutes, patches, claims, transfer and the paper's network.
+
+study.experiments.tables writes them. Each is of the records of the command of its name.
+"""
+
+from study.experiments import claims, methods, minutes, patches, transfer
+from study.experiments.cells import (
+    METHODS,
+    accuracy,
+    average,
+    differences,
+    extent,
+    points,
+    steps,
+    table,
+)
+from study.experiments.records import by_key, named, read
+
+ACCURACIES = (0.60, 0.70, 0.75)
+PAPERS = {
+    claims.DEMOCRATIC: "[Bordes et al.](https://arxiv.org/abs/2303.01986)",
+    claims.SINGLE: "[single-branch](https://arxiv.org/abs/2404.19289)",
+    claims.S3L: "[S3L](https://arxiv.org/abs/2103.13559)",
+}
+
+
+# ---- methods ----
+
+
+def settings() -> str:
+    """What the search found for each method, on held-out training images."""
+    rows = []
+    for method in methods.PEERS:
+        tries = [r for r in read("methods") if r["name"].startswith(f"search-{method}-")]
+        if not tries:
+            continue
+        best = max(tries, key=methods.top1)
+        published = methods.baselines.METHODS[method]
+        temperature = best["temperature"] if published.get("temperature") else ""
+        rows.append(
+            [
+                METHODS[method],
+                f"{published['optimizer']}, {published['batch']}, {published['lr']:g}",
+                f"{best['optimizer']}, {best['batch']}, {best['lr']:g}",
+                temperature,
+                best["epochs"],
+                len(tries),
+                accuracy([best]),
+            ]
+        )
+    columns = ["method", "published optimizer, batch, rate", "chosen", "temperature", "epochs"]
+    return table([*columns, "tries", "held out"], rows)
+
+
+def methods_at_equal(budget: str) -> str:
+    ours = named("methods", "empssl-equal-seconds")
+    rows = []
+    for method, name in METHODS.items():
+        runs = named("methods", f"{method}-equal-{budget}") if method != "empssl" else ours
+        if not runs:
+            continue
+        behind = "" if method == "empssl" else points(differences(runs, ours))
+        rows.append(
+            [
+                name,
+                accuracy(runs),
+                behind,
+                accuracy(runs, "knn_top1"),
+                average(runs, "train_seconds"),
+                extent([run["epochs"] for run in runs]),
+                average(runs, "patches_seen"),
+                steps(runs),
+                len(runs),
+            ]
+        )
+    columns = ["method", "bag of patches", "over EMP-SSL", "kNN", "seconds", "epochs"]
+    return table([*columns, "patches seen", "steps", "seeds"], rows)
+
+
+def equal_seconds() -> str:
+    return methods_at_equal("seconds")
+
+
+def equal_epochs() -> str:
+    return methods_at_equal("epochs")
+
+
+# ---- minutes ----
+
+
+def ten_minutes() -> str:
+    """A row a method, and k-means, which has no curve."""
+    ours = named("minutes", "empssl")
+    rows = []
+    for method, name in METHODS.items():
+        runs = named("minutes", method)
+        if not runs:
+            continue
+        figures = [accuracy(runs, key) for key in ("linear_top1", "quadrants_top1", "knn_top1")]
+        behind = "" if method == "empssl" else points(differences(runs, ours))
+        reached = [seconds_to(wanted, runs) for wanted in ACCURACIES]
+        spent = [average(runs, "train_seconds"), extent([run["epochs"] for run in runs])]
+        rows.append([name, figures[0], behind, *figures[1:], *spent, *reached, len(runs)])
+    columns = ["method", "bag of patches", "over EMP-SSL", "quadrants", "kNN", "seconds", "epochs"]
+    columns += [f"seconds to {wanted:.2f}" for wanted in ACCURACIES]
+    return table([*columns, "seeds"], rows)
+
+
+def seconds_to(wanted: float, runs: list[dict]) -> str:
+    """The mean over seeds; where not all reached it, how many did."""
+    found = [minutes.seconds_to(wanted, run["metrics"]["curve"]) for run in runs]
+    reached = [seconds for seconds in found if seconds is not None]
+    if not reached:
+        return "not reached"
+    if len(reached) < len(found):
+        return f"{len(reached)} of {len(found)} seeds"
+    return f"{sum(reached) / len(reached):,.0f}"
+
+
+# ---- numbers of patches ----
+
+
+def numbers_of_patches() -> str:
+    """Two comparisons, each by both lambdas; 20 patches stand in all of them."""
+    rows = []
+    for comparison in patches.COMPARISONS:
+        for n in patches.NUMBERS:
+            for how in ("equal ratio", "equal cosine"):
+                runs = of_patches(comparison, n, how)
+                if not runs or (n == patches.REFERENCE and how == "equal cosine"):
+                    continue
+                first = runs[0]
+                both = n == patches.REFERENCE
+                rows.append(
+                    [
+                        comparison,
+                        n,
+                        first["batch"],
+                        "both" if both else how.removeprefix("equal "),
+                        f"{first['lam']:.0f}",
+                        f"{sum(run['metrics']['cosine'] for run in runs) / len(runs):.2f}",
+                        accuracy(runs),
+                        accuracy(runs, "knn_top1"),
+                        average(runs, "patches_seen"),
+                        len(runs),
+                    ]
+                )
+    columns = ["equal", "patches", "images a batch", "lambda by", "lambda", "cosine"]
+    return table([*columns, "bag of patches", "kNN", "patches seen", "seeds"], rows)
+
+
+def of_patches(comparison: str, n: int, how: str) -> list[dict]:
+    if n == patches.REFERENCE:
+        return named("patches", "reference")
+    return named("patches", f"equal-{comparison}-{n}-{how.replace(' ', '-')}")
+
+
+# ---- claims ----
+
+
+def claims_table() -> str:
+    rows = []
+    for claim in claims.CLAIMS:
+        found = claims.paired(claim)
+        if not found:
+            continue
+        first, second = (named("claims", name) for name in (claim.first, claim.second))
+        rows.append(
+            [
+                PAPERS[claim.paper],
+                claim.says,
+                f"`{claim.first}` {accuracy(first)}",
+                f"`{claim.second}` {accuracy(second)}",
+                claim.equal,
+                points(found),
+                len(found),
+                claims.verdict(found, claim.above),
+            ]
+        )
+    columns = ["paper", "claim", "this", "beside", "at equal", "points", "seeds", "here"]
+    return table(columns, rows)
+
+
+# ---- transfer ----
+
+
+def transfer_table() -> str:
+    """A row for each pair of data sets, a column a method."""
+    rows = []
+    of_the_table = [run for run in read("transfer") if run["images"]]
+    for (source, target), runs in pairs_of(of_the_table).items():
+        by_method = by_key(runs, "method")
+        cells = [accuracy(by_method.get(method, [])) for method in transfer.METHODS]
+        seeds = extent([len(found) for found in by_method.values()])
+        rows.append([source, target, *cells, seeds])
+    columns = ["trained on", "probed on", *(METHODS[method] for method in transfer.METHODS)]
+    return table([*columns, "seeds"], rows)
+
+
+def pairs_of(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    found = {}
+    for run in runs:
+        ends = tuple(run[end].rpartition("/")[2] for end in ("source", "target"))
+        found.setdefault(ends, []).append(run)
+    return found
+
+
+# ---- the paper's network ----
+
+
+def network() -> str:
+    """A row for each probe of each training, on the way too."""
+    rows = []
+    for name, runs in by_key(read("network"), "name").items():
+        for epoch in sorted({line["epoch"] for run in runs for line in run["seen"]}):
+            seen = [
+                run | {"metrics": line}
+                for run in runs
+                for line in run["seen"]
+                if line["epoch"] == epoch
+            ]
+            rows.append([name, f"{epoch} of {runs[0]['epochs']}", *network_cells(seen)])
+        epochs = runs[0]["epochs"]
+        rows.append([name, f"{epochs} of {epochs}", *network_cells(runs)])
+    columns = ["run", "epoch", "R", "D", "bag of patches", "quadrants", "kNN", "hours"]
+    return table([*columns, "seeds"], rows)
+
+
+def network_cells(runs: list[dict]) -> list:
+    hours = [run["metrics"].get("train_seconds") for run in runs]
+    shared = None in hours or any("other_work_on_the_machine" in run for run in runs)
+    return [
+        average_of(runs, "R", ".1f"),
+        average_of(runs, "D", ".3f"),
+        accuracy(runs),
+        accuracy(runs, "quadrants_top1"),
+        accuracy(runs, "knn_top1"),
+        "" if shared else f"{sum(hours) / len(hours) / 3600:.1f}",
+        len(runs),
+    ]
+
+
+def average_of(runs: list[dict], key: str, form: str) -> str:
+    if any(key not in run["metrics"] for run in runs):
+        return ""
+    return format(sum(run["metrics"][key] for run in runs) / len(runs), form)
+
+
+TABLES = {
+    "settings": settings,
+    "equal-seconds": equal_seconds,
+    "equal-epochs": equal_epochs,
+    "ten-minutes": ten_minutes,
+    "numbers-of-patches": numbers_of_patches,
+    "claims": claims_table,
+    "transfer": transfer_table,
+    "network": network,
+}

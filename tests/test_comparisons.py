@@ -1,0 +1,145 @@
+"""The tables of methods, minutes, patches, claims, transfer and the paper's network."""
+
+import pytest
+
+from study.experiments import claims, comparisons, minutes, records
+from study.experiments.cells import differences, points, steps
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """A folder of results of the test's own."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+
+
+def keep(of, name, values, about=None, **metrics):
+    """A record a seed, with an accuracy each."""
+    for seed, value in enumerate(values):
+        measured = metrics | {"linear_top1": value}
+        records.keep(of, {"name": name, "seed": seed, "metrics": measured} | (about or {}))
+
+
+def rows(table):
+    """The cells of a table's rows, under their columns' names."""
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert all(len(line) == len(head) for line in lines)
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_without_records_there_is_no_table():
+    for table in comparisons.TABLES.values():
+        assert table() == ""
+
+
+def test_differences_are_of_pairs_of_one_seed_in_points():
+    keep("methods", "a", (0.5, 0.7, 0.9))
+    keep("methods", "b", (0.4, 0.5))
+    a, b = (records.named("methods", name) for name in "ab")
+    found = differences(a, b)
+    assert found == pytest.approx([10, 20])
+    assert points(found) == "+15.0 ± 7.1"
+    assert points(differences(b[1:], a)) == "-20.0"
+    assert points([]) == ""
+
+
+def test_steps_are_the_patches_seen_over_those_of_a_batch():
+    keep("methods", "a", (0.5,), {"patches": 2, "batch": 10}, patches_seen=600)
+    keep("methods", "b", (0.5,), {"patches": 2, "batch": 10}, patches_seen=800)
+    both = records.named("methods", "a") + records.named("methods", "b")
+    assert steps(both) == "30 to 40"
+
+
+def test_the_settings_are_those_of_the_best_try_beside_the_published_ones():
+    about = {"batch": 256, "lr": 0.5, "temperature": 0.5, "epochs": 7}
+    keep("methods", "search-simclr-lars-256-0.5", (0.6,), about | {"optimizer": "lars"})
+    about |= {"lr": 0.15, "temperature": 0.25}
+    keep("methods", "search-simclr-muon-256-0.15", (0.7,), about | {"optimizer": "muon"})
+    keep("methods", "simclr-equal-seconds", (0.8,), about | {"optimizer": "muon"})
+    (row,) = rows(comparisons.settings().splitlines())
+    assert row["method"] == "SimCLR" and row["chosen"] == "muon, 256, 0.15"
+    assert row["temperature"] == "0.25" and row["epochs"] == "7"
+    assert row["tries"] == "2" and row["held out"] == "0.700"
+
+
+def test_methods_stand_beside_empssl_seed_by_seed():
+    about = {"patches": 2, "batch": 10, "epochs": 3}
+    spent = {"knn_top1": 0.2, "train_seconds": 60.0, "patches_seen": 600}
+    keep("methods", "empssl-equal-seconds", (0.5, 0.7), about, **spent)
+    keep("methods", "simclr-equal-seconds", (0.4, 0.5), about, **spent)
+    keep("methods", "simclr-equal-epochs", (0.1, 0.2), about, **spent)
+    ours, simclr = rows(comparisons.equal_seconds().splitlines())
+    assert (ours["method"], ours["over EMP-SSL"]) == ("EMP-SSL", "")
+    assert simclr["over EMP-SSL"] == "-15.0 ± 7.1" and simclr["steps"] == "30"
+    assert simclr["bag of patches"] == "0.450 ± 0.071"
+    # Of EMP-SSL equal seconds and equal epochs are one training.
+    ours, simclr = rows(comparisons.equal_epochs().splitlines())
+    assert ours["bag of patches"] == "0.600 ± 0.141"
+    assert simclr["bag of patches"] == "0.150 ± 0.071"
+
+
+def test_seconds_to_an_accuracy_are_of_the_seeds_that_all_reached_it():
+    def curve(*accuracies):
+        return [{"seconds": 100 * i, "linear_top1": a} for i, a in enumerate(accuracies, 1)]
+
+    keep("minutes", "empssl", (0.76,), {"epochs": 4}, curve=curve(0.5, 0.7, 0.76))
+    late = {"name": "empssl", "seed": 1, "epochs": 4}
+    measured = {"linear_top1": 0.74, "curve": curve(0.5, 0.6, 0.74)}
+    records.keep("minutes", late | {"metrics": measured})
+    (row,) = rows(comparisons.ten_minutes().splitlines())
+    # .60 after 150 and 200 seconds; .70 after 200, and 271 along the line from .60 to .74.
+    assert row["seconds to 0.60"] == "175"
+    assert row["seconds to 0.70"] == "236"
+    assert row["seconds to 0.75"] == "1 of 2 seeds"
+    assert comparisons.seconds_to(0.9, records.named("minutes", "empssl")) == "not reached"
+    assert minutes.seconds_to(0.4, curve(0.5, 0.7)) == 100
+
+
+def test_twenty_patches_stand_once_in_both_comparisons():
+    about = {"batch": 50, "lam": 98.0}
+    keep("patches", "reference", (0.6,), about, cosine=0.38)
+    keep("patches", "equal-images-2-equal-cosine", (0.5,), about | {"lam": 300.4}, cosine=0.379)
+    keep("patches", "equal-images-2-equal-ratio", (0.4,), about, cosine=0.1)
+    keep("patches", "equal-patches-50-equal-ratio", (0.3,), about | {"batch": 20}, cosine=0.5)
+    keep("patches", "lambda-images-2-300", (0.9,), about, cosine=0.9)  # a try of lambda alone
+    found = rows(comparisons.numbers_of_patches().splitlines())
+    shown = [(r["equal"], r["patches"], r["lambda by"], r["lambda"], r["cosine"]) for r in found]
+    assert shown == [
+        ("images", "2", "ratio", "98", "0.10"),
+        ("images", "2", "cosine", "300", "0.38"),
+        ("images", "20", "both", "98", "0.38"),
+        ("patches", "20", "both", "98", "0.38"),
+        ("patches", "50", "ratio", "98", "0.50"),
+    ]
+
+
+def test_a_claim_has_its_pair_and_its_verdict():
+    keep("claims", "one-negative", (0.601, 0.602, 0.603))
+    keep("claims", "simclr", (0.600, 0.601, 0.602))
+    keep("claims", "noise-1", (0.3, 0.3, 0.3))  # without what stands beside it, no row
+    (row,) = rows(comparisons.claims_table().splitlines())
+    assert "2303.01986" in row["paper"] and row["at equal"] == "epochs"
+    assert row["points"] == "+0.1 ± 0.0" and row["seeds"] == "3"
+    assert row["here"] == "holds"  # it is less than a point behind
+    assert claims.verdict([-3.0, -3.1, -2.9], -1.0) == "does not hold here"
+
+
+def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
+    for method, value in (("empssl", 0.8), ("simclr", 0.7)):
+        about = {"method": method, "source": "data/photos:0-4", "target": "data/photos:5-9"}
+        keep("transfer", f"{method} there", (value, value), about | {"images": 15_000})
+    other = {"method": "empssl", "source": "a", "target": "b", "images": None}
+    keep("transfer", "another pair", (0.1,), other)
+    (row,) = rows(comparisons.transfer_table().splitlines())
+    assert (row["trained on"], row["probed on"]) == ("photos:0-4", "photos:5-9")
+    assert row["EMP-SSL"] == "0.800 ± 0.000" and row["VICReg"] == "" and row["seeds"] == "2"
+
+
+def test_the_network_has_a_row_for_each_epoch_that_was_probed():
+    seen = [{"epoch": 1, "R": 160.0, "D": 0.79, "linear_top1": 0.7, "knn_top1": 0.6}]
+    measured = {"R": 168.0, "D": 0.8, "knn_top1": 0.7, "train_seconds": 7200.0}
+    keep("network", "two", (0.8,), {"epochs": 2, "seen": seen}, **measured)
+    first, second = rows(comparisons.network().splitlines())
+    assert (first["epoch"], second["epoch"]) == ("1 of 2", "2 of 2")
+    assert first["bag of patches"] == "0.700" and second["bag of patches"] == "0.800"
+    assert (second["R"], second["D"], second["hours"]) == ("168.0", "0.800", "2.0")
+    assert first["hours"] == ""
