@@ -2,7 +2,7 @@
 
 import pytest
 
-from study.experiments import claims, comparisons, minutes, records
+from study.experiments import claims, comparisons, methods, records
 from study.experiments.cells import differences, points, steps
 
 
@@ -61,8 +61,15 @@ def test_the_settings_are_those_of_the_best_try_beside_the_published_ones():
     assert row["tries"] == "2" and row["held out"] == "0.700"
 
 
-def test_methods_stand_beside_empssl_seed_by_seed():
-    about = {"patches": 2, "batch": 10, "epochs": 3}
+@pytest.fixture
+def speeds(monkeypatch):
+    """Ten seconds an epoch of any method."""
+    speed = {"seconds_an_epoch": 10.0, "seconds_before": 0.0}
+    monkeypatch.setattr(methods, "speed_of", lambda *_: speed)
+
+
+def test_methods_stand_beside_empssl_seed_by_seed(speeds):
+    about = {"patches": 2, "batch": 10, "epochs": 3, "method": "a", "optimizer": "b"}
     spent = {"knn_top1": 0.2, "train_seconds": 60.0, "patches_seen": 600}
     keep("methods", "empssl-equal-seconds", (0.5, 0.7), about, **spent)
     keep("methods", "simclr-equal-seconds", (0.4, 0.5), about, **spent)
@@ -71,27 +78,23 @@ def test_methods_stand_beside_empssl_seed_by_seed():
     assert (ours["method"], ours["over EMP-SSL"]) == ("EMP-SSL", "")
     assert simclr["over EMP-SSL"] == "-15.0 ± 7.1" and simclr["steps"] == "30"
     assert simclr["bag of patches"] == "0.450 ± 0.071"
+    assert simclr["seconds"] == "30"  # by the speeds, whatever the run itself took
     # Of EMP-SSL equal seconds and equal epochs are one training.
     ours, simclr = rows(comparisons.equal_epochs().splitlines())
     assert ours["bag of patches"] == "0.600 ± 0.141"
     assert simclr["bag of patches"] == "0.150 ± 0.071"
 
 
-def test_seconds_to_an_accuracy_are_of_the_seeds_that_all_reached_it():
-    def curve(*accuracies):
-        return [{"seconds": 100 * i, "linear_top1": a} for i, a in enumerate(accuracies, 1)]
-
-    keep("minutes", "empssl", (0.76,), {"epochs": 4}, curve=curve(0.5, 0.7, 0.76))
-    late = {"name": "empssl", "seed": 1, "epochs": 4}
-    measured = {"linear_top1": 0.74, "curve": curve(0.5, 0.6, 0.74)}
-    records.keep("minutes", late | {"metrics": measured})
+def test_seconds_to_an_accuracy_are_of_the_first_seed(speeds):
+    about = {"epochs": 4, "method": "empssl", "optimizer": "muon", "batch": 50}
+    points = ((1, 0.5), (2, 0.7), (4, 0.74))
+    curve = [{"epoch": epoch, "linear_top1": accuracy} for epoch, accuracy in points]
+    keep("minutes", "empssl", (0.74, 0.76), about, curve=curve, images=30_000)
     (row,) = rows(comparisons.ten_minutes().splitlines())
-    # .60 after 150 and 200 seconds; .70 after 200, and 271 along the line from .60 to .74.
-    assert row["seconds to 0.60"] == "175"
-    assert row["seconds to 0.70"] == "236"
-    assert row["seconds to 0.75"] == "1 of 2 seeds"
-    assert comparisons.seconds_to(0.9, records.named("minutes", "empssl")) == "not reached"
-    assert minutes.seconds_to(0.4, curve(0.5, 0.7)) == 100
+    # 20 seconds an epoch: .60 half the way from the first probe to the second.
+    assert row["seconds to 0.60"] == "30" and row["seconds to 0.70"] == "40"
+    assert row["seconds to 0.75"] == "not reached" and row["seconds"] == "80"
+    assert row["bag of patches"] == "0.750 ± 0.014"
 
 
 def test_twenty_patches_stand_once_in_both_comparisons():

@@ -59,6 +59,7 @@ def test_each_method_is_searched_for_and_compared_at_its_best(made):
     assert len(records.read("methods")) == 1 + 4 * len(methods.PEERS)
     # 2 s and two epochs of 40 s.
     assert methods.seconds_of_ours() == 82
+    assert methods.seconds_of(3, "simclr", "muon", 64) == 2 + 3 * 10
     assert methods.epochs_in(82, "simclr", "lars", 256) == 10
     assert methods.epochs_in(82, "simclr", "muon", 64) == 8
 

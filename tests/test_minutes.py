@@ -36,19 +36,27 @@ def test_a_training_is_probed_on_its_way_and_goes_on_as_if_it_had_not_been():
     trial = trials.Trial("a", small)
     metrics = minutes.make(trial, data)
     curve = metrics["curve"]
-    # After epochs 2, 4 and 6 of 8, and at the end.
-    shares = [point["seconds"] / curve[-1]["seconds"] for point in curve]
-    assert len(curve) == 4 and shares == sorted(shares)
+    assert [point["epoch"] for point in curve] == [2, 4, 6, 8] and metrics["images"] == 40
     assert curve[-1]["linear_top1"] == metrics["linear_top1"]
-    assert curve[-1]["seconds"] == metrics["train_seconds"]
+    assert all(0 <= point["linear_top1"] <= 1 for point in curve)
+    # Other seeds are probed at the end alone.
+    of_other_seed = minutes.make(trial._replace(seed=1), data)
+    assert [point["epoch"] for point in of_other_seed["curve"]] == [8]
     alone = trials.train_and_probe(trial, data)
     for key in ("linear_top1", "quadrants_top1", "R", "D"):
         assert metrics[key] == alone[key]
 
 
+def test_a_curves_seconds_are_those_of_a_machine_that_does_nothing_else(searched):
+    metrics = {"images": 30_000, "train_seconds": 999.0}
+    metrics["curve"] = [{"epoch": 1, "linear_top1": 0.5}, {"epoch": 3, "linear_top1": 0.7}]
+    kind = {"method": "simclr", "optimizer": "muon", "batch": 64}
+    # 10 s an epoch of 15,000 images, so 20 s of twice as many.
+    assert minutes.curve_of(kind | {"metrics": metrics}) == [(20, 0.5), (60, 0.7)]
+
+
 def test_seconds_to_an_accuracy_lie_on_the_curve():
-    points = ((10.0, 0.5), (20.0, 0.6), (40.0, 0.58), (80.0, 0.7))
-    curve = [{"seconds": seconds, "linear_top1": top1} for seconds, top1 in points]
+    curve = [(10.0, 0.5), (20.0, 0.6), (40.0, 0.58), (80.0, 0.7)]
     assert minutes.seconds_to(0.4, curve) == 10
     assert minutes.seconds_to(0.55, curve) == pytest.approx(15)
     assert minutes.seconds_to(0.6, curve) == pytest.approx(20)

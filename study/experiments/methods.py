@@ -4,8 +4,9 @@
     python -m study.experiments.methods search    settings, on held-out training images
     python -m study.experiments.methods compare   at equal seconds and at equal epochs, three seeds
 
-All train on 15,000 images with preset laptop's encoder and EMP-SSL's patches as views. The seconds
-are those of two epochs of EMP-SSL. Records are kept in methods.jsonl.
+All train on 15,000 images with preset laptop's encoder and EMP-SSL's patches as views, for the
+seconds of two epochs of EMP-SSL. How many epochs fit is reckoned from the measured speeds, so that
+trainings may share the machine. Records are kept in methods.jsonl.
 
 A method is tried with its published optimizer and with Muon, then with the better of the two and
 batches of 64: three rates each, and one or two more where the best lies at an end. The best of all
@@ -81,16 +82,26 @@ def time_epochs(trial: Trial, data: Dataset) -> dict:
     return {"seconds_an_epoch": two - one, "seconds_before": one - (two - one)}
 
 
-def epochs_in(seconds: float, method: str, optimizer: str, batch: int) -> int:
-    """Whole epochs in so many seconds, at least one. Raises `UsageError` without a speed."""
+def speed_of(method: str, optimizer: str, batch: int) -> dict:
+    """Raises `UsageError` where it was not measured."""
     (speed,) = records_of("methods", [speed_trial(method, optimizer, batch)], f"{HERE} speed")
-    measured = speed["metrics"]
-    return max(1, round((seconds - measured["seconds_before"]) / measured["seconds_an_epoch"]))
+    return speed["metrics"]
+
+
+def seconds_of(epochs: int, method: str, optimizer: str, batch: int) -> float:
+    """Of a training on `IMAGES` images that has the machine to itself."""
+    speed = speed_of(method, optimizer, batch)
+    return speed["seconds_before"] + epochs * speed["seconds_an_epoch"]
 
 
 def seconds_of_ours(epochs: int = EPOCHS) -> float:
-    (speed,) = records_of("methods", [speed_trial("empssl", "muon", 50)], f"{HERE} speed")
-    return speed["metrics"]["seconds_before"] + epochs * speed["metrics"]["seconds_an_epoch"]
+    return seconds_of(epochs, "empssl", "muon", 50)
+
+
+def epochs_in(seconds: float, method: str, optimizer: str, batch: int) -> int:
+    """Whole epochs in so many seconds, at least one."""
+    speed = speed_of(method, optimizer, batch)
+    return max(1, round((seconds - speed["seconds_before"]) / speed["seconds_an_epoch"]))
 
 
 # ---- search ----

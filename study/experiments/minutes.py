@@ -3,9 +3,10 @@
     python -m study.experiments.minutes
 
 All training images, each method with the settings that study.experiments.methods found for it, for
-as many epochs as take the seconds of preset laptop's ten minutes. A training is probed after about
-a quarter, a half and three quarters of its epochs, while its learning rate has yet to fall: so it
-has less there than a training of that length would end with. Records are kept in minutes.jsonl.
+as many epochs as take the seconds of preset laptop's ten minutes, by the speeds measured there. The
+first seed is probed after about a quarter, a half and three quarters of its epochs too, while its
+learning rate has yet to fall: so it has less there than a training of that length would end with.
+Records are kept in minutes.jsonl.
 """
 
 import empssl
@@ -13,7 +14,15 @@ from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset
 from empssl_support.machine import keep_freed_memory
 from empssl_support.runs import Run
-from study.experiments.methods import PEERS, best_try, epochs_in, flags_of, seconds_of_ours
+from study.experiments.methods import (
+    IMAGES,
+    PEERS,
+    best_try,
+    epochs_in,
+    flags_of,
+    seconds_of,
+    seconds_of_ours,
+)
 from study.experiments.runs import flags
 from study.experiments.trials import Trial, make_all, probe_bag, train
 
@@ -37,39 +46,45 @@ def ten_minutes(data_dir: str, seeds: int) -> list[Trial]:
 
 
 def make(trial: Trial, data: Dataset) -> dict:
-    """The metrics after the last epoch, and a curve: seconds and accuracies on the way there."""
+    """The metrics after the last epoch, and a curve: accuracies after epochs on the way there."""
     config = trial.settings()
-    probed = {round(share * config.epochs) for share in SHARES} - {0, config.epochs}
+    probed = {round(share * config.epochs) for share in SHARES} if trial.seed == 0 else set()
     curve = []
 
     def at_epoch_end(epoch: int) -> dict:
-        if epoch in probed:
-            seconds = run.train_seconds()
-            encoder = run.parts["encoder"]
-            curve.append({"seconds": seconds} | probe_bag(encoder, config, data))
+        if 0 < epoch < config.epochs and epoch in probed:
+            curve.append({"epoch": epoch} | probe_bag(run.parts["encoder"], config, data))
         return {}
 
     run = Run(at_epoch_end=at_epoch_end)
     encoder, metrics = train(config, data, run)
     metrics |= empssl.probe(*empssl.features_of_splits(encoder, data, config), data)
-    curve.append({"seconds": metrics["train_seconds"], "linear_top1": metrics["linear_top1"]})
-    return metrics | {"curve": curve}
+    curve.append({"epoch": config.epochs, "linear_top1": metrics["linear_top1"]})
+    return metrics | {"curve": curve, "images": len(data.train_images)}
 
 
-def seconds_to(accuracy: float, curve: list[dict]) -> float | None:
-    """Of training, along straight lines between what was probed; None where it was not reached.
+def curve_of(record: dict) -> list[tuple[float, float]]:
+    """Seconds of training, with the machine to itself, and accuracy."""
+    kind = record["method"], record["optimizer"], record["batch"]
+    metrics = record["metrics"]
+    larger = metrics["images"] / IMAGES
+    return [(larger * seconds_of(p["epoch"], *kind), p["linear_top1"]) for p in metrics["curve"]]
+
+
+def seconds_to(wanted: float, curve: list[tuple[float, float]]) -> float | None:
+    """Along straight lines between what was probed; None where it was not reached.
 
     Before the first probe nothing is known: where that is high enough, its own seconds.
     """
     before = None
-    for point in curve:
-        if point["linear_top1"] >= accuracy:
+    for seconds, accuracy in curve:
+        if accuracy >= wanted:
             if before is None:
-                return point["seconds"]
-            rise = point["linear_top1"] - before["linear_top1"]
-            share = (accuracy - before["linear_top1"]) / rise
-            return before["seconds"] + share * (point["seconds"] - before["seconds"])
-        before = point
+                return seconds
+            seconds_before, accuracy_before = before
+            share = (wanted - accuracy_before) / (accuracy - accuracy_before)
+            return seconds_before + share * (seconds - seconds_before)
+        before = seconds, accuracy
     return None
 
 

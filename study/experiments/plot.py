@@ -4,12 +4,11 @@ docs/peers.png is of ten minutes of each method, its accuracy against the second
 docs/numbers.png of numbers of patches, at equal images and at equal patches.
 """
 
-import statistics
 from pathlib import Path
 
 from empssl_support.cli import one_sentence
 from empssl_support.report import pyplot
-from study.experiments import patches
+from study.experiments import minutes, patches
 from study.experiments.cells import METHODS
 from study.experiments.comparisons import of_patches
 from study.experiments.records import mean_and_deviation, named
@@ -27,40 +26,35 @@ COLOURS = {
 
 
 def draw_ten_minutes() -> None:
-    """A line a method, its mean over seeds. Nothing is drawn where there are no records."""
-    curves = {method: curve_of(named("minutes", method)) for method in COLOURS}
-    curves = {method: curve for method, curve in curves.items() if curve}
-    if not curves:
-        return
+    """The first seed's line of each method, and at its end the mean and deviation of all seeds."""
+    ends = {}
     figure, axes = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
-    for method, curve in curves.items():
+    for method, colour in COLOURS.items():
+        runs = named("minutes", method)
+        if not runs:
+            continue
+        seconds, accuracies = zip(*minutes.curve_of(runs[0]), strict=True)
+        axes.plot(seconds, accuracies, color=colour, marker="o", markersize=4)
+        mean, deviation = mean_and_deviation(runs, "linear_top1")
         look = {"marker": "*", "markersize": 15} if method == "empssl" else {"marker": "o"}
-        seconds, means, deviations = zip(*curve, strict=True)
-        axes.errorbar(seconds, means, deviations, color=COLOURS[method], capsize=3, **look)
-    label_the_ends(axes, {method: curve[-1] for method, curve in curves.items()})
+        axes.errorbar(seconds[-1], mean, deviation or 0, color=colour, capsize=3, **look)
+        ends[method] = (seconds[-1], mean)
+    if not ends:
+        return
+    label_the_ends(axes, ends)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training on two CPU cores")
-    title = "Linear probe of the bag of patches, test images; mean ± deviation over seeds"
+    title = """Linear probe of the bag of patches, test images
+lines: one seed; at their ends mean ± deviation over seeds"""
     finish(figure, axes, title, "peers.png")
 
 
-def curve_of(runs: list[dict]) -> list[tuple[float, float, float]]:
-    """Mean seconds, mean accuracy and its deviation at each probe of a method's runs."""
-    points = []
-    for probes in zip(*(run["metrics"]["curve"] for run in runs), strict=True):
-        accuracies = [probe["linear_top1"] for probe in probes]
-        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        seconds = statistics.mean(probe["seconds"] for probe in probes)
-        points.append((seconds, statistics.mean(accuracies), deviation))
-    return points
-
-
-def label_the_ends(axes, ends: dict[str, tuple[float, float, float]]) -> None:
+def label_the_ends(axes, ends: dict[str, tuple[float, float]]) -> None:
     """Each method's name beside its line's end, pushed up where it would meet the one below."""
     apart = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    right = max(seconds for seconds, _, _ in ends.values())
+    right = max(seconds for seconds, _ in ends.values())
     lowest = float("-inf")
-    for method, (_, mean, _) in sorted(ends.items(), key=lambda end: end[1][1]):
+    for method, (_, mean) in sorted(ends.items(), key=lambda end: end[1][1]):
         lowest = max(mean, lowest + apart)
         name = METHODS[method]
         axes.text(1.03 * right, lowest, name, color=COLOURS[method], fontsize=13, va="center")
