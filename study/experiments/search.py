@@ -61,6 +61,11 @@ TRIES = {
         newton_schulz=4,
         images=45_000,
     ),
+    # The objective, and what stands behind the representation.
+    "lambda-50": Try(0.715, "--epochs 3 --lam 50"),
+    "lambda-200": Try(0.717, "--epochs 3 --lam 200"),
+    "eps2-0.05": Try(0.717, "--epochs 3 --eps2 0.05"),
+    "projector-2048": Try(0.722, "--epochs 3 --projector 2048"),
     # Half an hour: what an hour would gain by.
     "half-hour": Try(0.800, "--epochs 14", images=45_000),
     "half-hour-paper": Try(0.803, "--epochs 14 --augmentation paper", images=45_000),
