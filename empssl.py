@@ -90,8 +90,8 @@ __all__ = [
 
 
 # ---- Settings -----------------------------------------------------------------------------------
-# Every field is a flag, `--patch-size` and so on. The defaults are the recipe of the paper's code
-# with 20 patches an image; those of the evaluation are ours. A preset is a set of other defaults.
+# Every field is a flag, `--patch-size` and so on. The method's defaults are the paper's recipe, as
+# its code has it for 20 patches an image, for one epoch. A preset is a set of other defaults.
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Augmentation:
 def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmentation:
     """What `--augmentation` names; large images have crops of other ratios too, as in the paper.
 
-    "light" suits small encoders: colours change less, nothing is blurred or solarized.
+    "light" changes saturation and hue less, and leaves blur and solarization out.
     """
     ratio = (1.0, 1.0) if max(image_size) <= 64 else (3 / 4, 4 / 3)
     if config.augmentation == "light":
@@ -266,9 +266,8 @@ def sample_patches(
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
-    # Uniform numbers, an (n, b) for each of the fifteen choices below. The sixteenth is not used:
-    # without it every seed would draw other patches than it used to.
-    chance = iter(torch.rand(16, n, b, generator=generator))
+    # Uniform numbers, an (n, b) for each of the choices below.
+    chance = iter(torch.rand(15, n, b, generator=generator))
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * next(chance)
@@ -328,9 +327,9 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
 class Encoder(nn.Module):
     """Patches `(P, 3, s, s)` in [-1, 1] -> unit embeddings `(P, d)`.
 
-    What gets probed is `representation(x)`, `(P, hidden)`: a linear layer, BatchNorm and ReLU above
-    the backbone, and before the projector. backbone: "resnet18" or, for CPUs, "small"; another one
-    raises `ValueError`.
+    The paper's h = f(x), then z = g(h). What gets probed is h = `representation(x)`, `(P, hidden)`:
+    as in the official code f is the backbone and, above it, a linear layer, BatchNorm and ReLU, and
+    g is the projector. backbone: "resnet18" or, for CPUs, "small"; another one raises `ValueError`.
     """
 
     def __init__(
@@ -358,13 +357,13 @@ class Encoder(nn.Module):
             self.backbone, width = small_backbone(drop_last_stage)
         else:
             raise ValueError(f"There is no backbone {backbone!r}; choose resnet18 or small.")
-        # The representation, which is what gets probed: 4096 features in the paper.
+        # The representation, which is what gets probed: 4096 features in the official code.
         self.represent = nn.Sequential(
             nn.Linear(width, hidden),
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
         )
-        # The projector serves training alone.
+        # The projector, g, serves training alone.
         self.project = nn.Sequential(
             nn.Linear(hidden, projector),
             nn.BatchNorm1d(projector),
@@ -501,8 +500,9 @@ def invariance(z: Tensor) -> Tensor:
     """`D` of `z (n, b, d)`: the mean cosine between a patch and the mean of its image's patches.
 
     For unit rows it equals the mean length of those means, so it lies in [0, 1]. The paper writes
-    Tr(Z_i^T Z_mean); this is the cosine that its code takes. The mean is part of the graph: there
-    is no stop-gradient.
+    Tr(Z_i^T Z_mean), a sum over the b images that is not divided by the means' lengths; this is the
+    cosine that its code takes, and to which its lambda of 200 belongs. The mean is part of the
+    graph: there is no stop-gradient.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
@@ -633,8 +633,8 @@ def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
     """About U V^T, where G = U S V^T: the same matrix with singular values near 1.
 
     By Newton-Schulz iteration: each step replaces a singular value x by a x + b x^3 + c x^5, which
-    drives all of (0, 1] towards 1. With these constants small ones rise fast, and end in about
-    [0.7, 1.2]. Beside that spread bfloat16's rounding is small.
+    drives all of (0, 1] towards 1. With these constants small ones rise fast: after five steps all
+    above 0.003 lie in about [0.7, 1.2]. Beside that spread bfloat16's rounding is small.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     rows, columns = G.shape
@@ -679,9 +679,10 @@ def train(
 ) -> dict:
     """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The `Run` logs, saves,
-    goes on. Under torchrun each process encodes its share of a batch; the loss is of all b. Returns
-    the last R and D, seconds, patches. Raises `UsageError` where b > N, and what `Run` raises.
+    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. `run` logs, saves and
+    resumes; without one nothing is written. Under torchrun each process encodes its share of a
+    batch; the loss is of all b. Returns the last R and D, seconds, patches. Raises `UsageError`
+    where b > N, and what `Run` raises.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
@@ -985,8 +986,11 @@ def scored_images(images: Tensor, most: int = 2048) -> Tensor:
     return images[rows.to(images.device)]
 
 
-def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
-    """A cheap sign of progress: kNN within the training images, 1,000 against 5,000 others."""
+def knn_within_training(encoder: Encoder, data: Dataset, config: Config) -> dict:
+    """A cheap sign of progress: kNN of 1,000 training images among 5,000 others.
+
+    The encoder has been trained on all of them.
+    """
     queries = min(1000, len(data.train_images) // 6)
     if data.train_labels is None or queries == 0:
         return {}
@@ -997,7 +1001,7 @@ def holdout_knn(encoder: Encoder, data: Dataset, config: Config) -> dict:
     few = dataclasses.replace(config, eval_patches=min(4, config.eval_patches))
     h = features_to_probe(encoder, images, few).bag
     top1 = from_first(lambda: knn_probe(h[queries:], y[queries:], h[:queries], y[:queries]))
-    return {"holdout_knn_top1": top1}
+    return {"train_knn_top1": top1}
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -1095,7 +1099,7 @@ def train_in(
         record = score(encoder, data.train_images, config)
         if epoch in probed and data.test_labels is not None:
             return record | probe(*features_of_splits(encoder, data, config), data)
-        return record | holdout_knn(encoder, data, config)
+        return record | knn_within_training(encoder, data, config)
 
     run = Run(folder, config.save_every, at_epoch_end)
     if config.batch > 1:  # a single image has nothing to be spread out from

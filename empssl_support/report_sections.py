@@ -235,7 +235,7 @@ def patches(saved: dict[str, np.ndarray]) -> str:
 CURVES = {
     "R": ("R, how spread out images are", {}),
     "D": ("D, how much patches agree", {}),
-    "holdout_knn_top1": ("right by kNN, held-out images", {"ylim": (0, 1)}),
+    "train_knn_top1": ("right by kNN within the training images", {"ylim": (0, 1)}),
     "effective_rank": ("effective rank", {}),
 }
 

@@ -223,7 +223,7 @@ def test_the_sign_of_progress_is_of_held_out_images(how, patches, encoder, monke
     data = Dataset(images, labels, None, None, [], "")
     seen = []
     monkeypatch.setattr(empssl, "knn_probe", lambda *arguments: seen.extend(arguments) or 0.0)
-    empssl.holdout_knn(encoder, data, config)
+    empssl.knn_within_training(encoder, data, config)
     rows = torch.randperm(60, generator=generator(0, "holdout", 0))
     drawn = empssl.training_augmentation(config, (32, 32)) if how == "train" else None
     h = embed(encoder, images[rows], min(4, patches), drawn)
@@ -244,7 +244,7 @@ def test_a_run_and_its_record():
     assert "raw_pixels_top1" not in record  # it stands beside the untrained encoder alone
     assert record["patches_seen"] == 2 * 60 * 3 and record["train_seconds"] > 0
     assert record["device"].startswith("cpu") and record["R"] > 0 and 0 < record["D"] <= 1
-    epochs = [r for r in records(RUNS / "demo") if "holdout_knn_top1" in r]
+    epochs = [r for r in records(RUNS / "demo") if "train_knn_top1" in r]
     assert [r["epoch"] for r in epochs] == [1, 2]
     last = {key: record[key] for key in SCORE}
     assert {key: epochs[1][key] for key in SCORE} == last

@@ -130,11 +130,11 @@ def test_sigint_has_a_code_of_its_own_and_handlers_are_put_back(stopped_run):
 
 
 def test_a_signal_during_the_probe_at_an_epochs_end_stops_there(monkeypatch, capsys):
-    def holdout_knn(*_):
+    def knn_within_training(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
-    monkeypatch.setattr(empssl, "holdout_knn", holdout_knn)
+    monkeypatch.setattr(empssl, "knn_within_training", knn_within_training)
     with pytest.raises(SystemExit) as stop:
         main([*RUN, "--name", "stopped"])
     assert stop.value.code == 128 + signal.SIGTERM

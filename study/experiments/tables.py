@@ -21,14 +21,6 @@ from study.experiments.records import by_key, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# What the paper reports on these data: ResNet-18, 20 patches an image, linear probe of the bag of
-# patches after 1, 10 and 30 epochs of a 30-epoch run.
-PAPER = {
-    "cifar10": "0.806 / 0.907 / 0.931",
-    "cifar10-jpeg": "0.806 / 0.907 / 0.931",
-    "cifar100": "0.551 / 0.678 / 0.724",
-}
-
 MORE_METHODS = METHODS | {
     "simclr-one-negative": "SimCLR, one negative",
     "simclr-noise": "SimCLR, noise alone",
@@ -46,25 +38,21 @@ def result() -> str:
         first = runs[0]
         data = data_name(first)
         passes = f"{first['epochs']} epochs" if first["epochs"] > 1 else "1 epoch"
-        # Other work on the machine changes seconds, and nothing else.
-        alone = [run for run in runs if "other_work_on_the_machine" not in run]
-        seconds = average(alone, "train_seconds", " s") if alone else "beside other work"
-        before = [accuracy(runs, f"{what}_knn_top1") for what in ("untrained", "raw_pixels")]
         rows.append(
             [
                 data + (", all labels" if first.get("method") == "supervised" else ""),
-                PAPER.get(data, ""),
                 accuracy(runs, "linear_top1"),
                 accuracy(runs, "quadrants_top1"),
                 accuracy(runs, "knn_top1"),
-                ", ".join(filter(None, before)),
-                f"{passes}, {seconds}",
-                processor(first),
+                accuracy(runs, "untrained_knn_top1"),
+                accuracy(runs, "raw_pixels_knn_top1"),
+                f"{passes}, {undisturbed_seconds(runs)}",
+                "; ".join(processors(runs)),
                 len(runs),
             ]
         )
-    columns = ["data", "paper", "bag of patches", "quadrants", "kNN"]
-    columns += ["kNN untrained, of pixels", "training", "on", "seeds"]
+    columns = ["data", "bag of patches", "quadrants", "kNN", "kNN, untrained", "kNN, pixels"]
+    columns += ["training", "on", "seeds"]
     return table(columns, rows + kmeans_rows())
 
 
@@ -76,22 +64,33 @@ def kmeans_rows() -> list[list]:
         spent = [sum(v for k, v in r["metrics"].items() if k.endswith("_seconds")) for r in runs]
         what = f"{data_name(first)}, k-means of {first['centroids']:,} patches"
         seconds = f"{sum(spent) / len(spent):,.0f} s in all"
-        where = processor(first)
-        rows.append([what, "", "", accuracy(runs, "svm_top1"), "", "", seconds, where, len(runs)])
+        where = "; ".join(processors(runs))
+        figures = ["", accuracy(runs, "svm_top1"), "", "", ""]
+        rows.append([what, *figures, seconds, where, len(runs)])
     return rows
 
 
-def processor(run: dict) -> str:
-    """Its name, its threads and whether it has bf16, without its other vector instructions.
+def undisturbed_seconds(runs: list[dict]) -> str:
+    """Of training, over the runs that had the machine to themselves, and how many those are."""
+    alone = [run for run in runs if "other_work_on_the_machine" not in run]
+    if not alone:
+        return "beside other work"
+    seconds = average(alone, "train_seconds", " s")
+    return seconds if len(alone) == len(runs) else f"{seconds} alone ({len(alone)} of {len(runs)})"
 
-    Where a run went on with another number of threads, or elsewhere, both are named.
+
+def processors(runs: list[dict]) -> list[str]:
+    """Name, threads and whether there is bf16, without other vector instructions.
+
+    All of them, each once: also those on which a run went on.
     """
-    resumed = [mark["resumed"]["hardware"] for mark in run.get("resumed", [])]
     names = []
-    for hardware in [run["hardware"], *resumed]:
-        name = re.sub(r", (AVX|AMX)[^,)]*", "", hardware)
-        names.append(re.sub(r"\b1 threads", "1 thread", name))
-    return ", then ".join(dict.fromkeys(names))
+    for run in runs:
+        resumed = [mark["resumed"]["hardware"] for mark in run.get("resumed", [])]
+        for hardware in [run["hardware"], *resumed]:
+            name = re.sub(r", (AVX|AMX)[^,)]*", "", hardware)
+            names.append(re.sub(r"\b1 threads", "1 thread", name))
+    return list(dict.fromkeys(names))
 
 
 def laptop_tries() -> str:
@@ -254,7 +253,7 @@ def busy() -> str:
             setting = " ".join(f"{key}={value}" for key, value in row["environment"].items())
             speeds = [f"{row[key]:,.0f}" for key in ("alone", "beside")]
             way = f"{row['way']}, `{setting}`" if setting else row["way"]
-            rows.append([way, *speeds, f"{row['beside'] / free:.0%}", processor(run)])
+            rows.append([way, *speeds, f"{row['beside'] / free:.0%}", *processors([run])])
     columns = ["way", "patches/s alone", "beside a busy core", "of the default alone", "on"]
     return table(columns, rows)
 
