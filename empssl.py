@@ -548,10 +548,13 @@ class LARS(torch.optim.Optimizer):
 
         trust = eta |p| / (|g| + weight_decay |p| + 1e-8)
         g <- (g + weight_decay p) min(trust / lr, 1),   or g itself where |p| or |g| is 0
+        v <- momentum v + g
+        p <- p - lr (g + momentum v)
 
     Tensors of one dimension (biases, BatchNorm) keep g as it is, without decay. With the clip at 1
     a tensor's rate is min(trust, lr): where trust is the smaller, lr times the scaled gradient has
-    about the length eta |p|, whatever |g|, and lr is only a cap.
+    about the length eta |p|, whatever |g|. So lr is only a cap, and the cosine acts on a tensor
+    once lr has fallen below its trust.
     """
 
     def __init__(
