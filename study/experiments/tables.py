@@ -131,19 +131,6 @@ def representation(runs: list[dict]) -> str:
     return "representation_top1" if old else "linear_top1"
 
 
-def peers() -> str:
-    """README: the methods at equal seconds."""
-    rows = []
-    shown = []
-    for what, name in METHODS.items():
-        runs = peers_runs(what, "equal seconds")
-        if runs:
-            shown += runs
-            rows.append([name, *scores(runs), *costs(runs)[:3]])
-    columns = ["method", "representation", "kNN", "seconds", "epochs", "patches seen"]
-    return with_caption(table(columns, rows), shown)
-
-
 def scores(runs: list[dict]) -> list[str]:
     return [accuracy(runs, representation(runs)), accuracy(runs, "knn_top1")]
 
@@ -158,18 +145,6 @@ def costs(runs: list[dict]) -> list[str]:
         average(runs, "patches_seen"),
         extent(steps),
     ]
-
-
-def with_caption(written: str, runs: list[dict]) -> str:
-    """Say beside a table that its figures are of the older evaluation, if they are."""
-    if not any(r.get("features") == "maps" for r in runs):
-        return written
-    return (
-        f"{written}\n\n"
-        "These figures are of an older evaluation: *representation* and *kNN* are of the "
-        "representation averaged over nine overlapping places of the whole image, in which the "
-        "encoder sees beyond a patch's border. They are not those of the bag of patches."
-    )
 
 
 def peers_one_epoch() -> str:
@@ -282,7 +257,6 @@ def precision() -> str:
 TABLES = {
     "result": result,
     "laptop-tries": laptop_tries,
-    "peers": peers,
     "peers-one-epoch": peers_one_epoch,
     "peers-equal-seconds": peers_equal_seconds,
     "empssl-ablations": empssl_ablations,
