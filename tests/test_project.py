@@ -30,7 +30,8 @@ def blocks(language, pages=PAGES):
 
 def commands(pages=PAGES):
     lines = [line for block in blocks("", pages) for line in block.splitlines()]
-    return [line.split("#")[0].strip() for line in lines]
+    without_comments = [line.split("#")[0].strip() for line in lines]
+    return [command for command in without_comments if command]
 
 
 def test_the_commands_parse():
