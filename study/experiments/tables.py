@@ -31,9 +31,10 @@ MORE_METHODS = METHODS | {
 
 
 def result() -> str:
-    """A row for each recipe, over its seeds."""
+    """A row for each recipe, over its seeds; the shorter trainings first."""
     rows = []
     finished = [run for run in read("laptop") if "predicted" not in run]
+    finished.sort(key=lambda run: run["epochs"])
     for runs in by_key(finished + read("shapes"), "name").values():
         first = runs[0]
         data = data_name(first)
