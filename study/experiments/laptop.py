@@ -1,7 +1,7 @@
 """The README's figures, by preset laptop on a CPU: python -m study.experiments.laptop
 
-One pass, ten minutes, an hour, the last two with all labels as well, and `shapes`, on two cores. Records are kept in
-laptop.jsonl and shapes.jsonl.
+One pass, ten minutes, an hour, the last two with all labels as well, and `shapes`, on two cores.
+Records are kept in laptop.jsonl and shapes.jsonl.
 """
 
 import shlex
