@@ -683,9 +683,8 @@ def train(
     """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
 
     images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. `run` logs, saves and
-    resumes; without one nothing is written. Under torchrun each process encodes its share of a
-    batch; the loss is of all b. Returns the last R and D, seconds, patches. Raises `UsageError`
-    where b > N, and what `Run` raises.
+    resumes. Under torchrun each process encodes its share of a batch; the loss is of all b. Returns
+    the last R and D, seconds, patches. Raises `UsageError` where b > N, and what `Run` raises.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
