@@ -71,6 +71,18 @@ def peak_memory(device: str) -> dict:
     return peak
 
 
+def seconds_without_a_core() -> float:
+    """For which threads of this process stood ready to run while others had the cores.
+
+    All threads together. 0 where the system does not say (it is Linux that does).
+    """
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
+
+
 def provenance(device: str) -> dict:
     """What a figure needs beside it to be trusted and repeated."""
     return {

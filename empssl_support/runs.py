@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import filelock
+import torch
 from torch import Tensor
 
 from empssl_support.cli import Stopped, UsageError, progress, signals
 from empssl_support.files import read_checkpoint, save_encoder, write_text, write_torch
-from empssl_support.machine import peak_memory, program
+from empssl_support.machine import peak_memory, program, seconds_without_a_core
 from empssl_support.processes import (
     agree_on_buffers,
     from_first,
@@ -249,6 +250,7 @@ class Run:
         self.save_every = save_every
         self.at_epoch_end = at_epoch_end or nothing_to_add
         self.collapsed_rate = 0.0  # R of embeddings that are all equal: near it is a warning due
+        self.told_of_other_work = False
         self.record = {}
 
     def restore(self, **parts) -> int:
@@ -274,6 +276,7 @@ class Run:
         self.patches_a_step = patches_a_step
         self.started = time.perf_counter()
         self.seconds_aside = 0.0
+        self.without_a_core = seconds_without_a_core()
         bar = progress(total=self.total, initial=self.first, desc="training", unit="step")
         with signals.noted(), bar as self.bar:
             for t in range(self.first, self.total):
@@ -315,6 +318,7 @@ class Run:
         self.record |= {"loss": loss.item(), "lr": lr, "patches_per_second": speed}
         self.log(self.record)
         self.warn_of_collapse(step, terms)
+        self.tell_of_other_work()
         shown = [f"{name} {value:.4g}" for name, value in terms.items()]
         self.bar.set_postfix_str("  ".join([*shown, f"lr {lr:.3f}", f"{speed:.0f} patches/s"]))
 
@@ -327,6 +331,21 @@ class Run:
             f"all embeddings are equal: the encoder has collapsed; lower --lam or --lr."
         )
         self.collapsed_rate = 0.0  # said
+
+    def tell_of_other_work(self) -> None:
+        """Once, after ten seconds: each layer waits for the last of the threads, so one that
+        shares its core with another program holds up all of them."""
+        seconds = time.perf_counter() - self.started
+        threads = torch.get_num_threads()
+        if self.told_of_other_work or seconds < 10 or threads == 1:
+            return
+        self.told_of_other_work = True
+        waited = seconds_without_a_core() - self.without_a_core
+        if waited > 0.2 * seconds:
+            self.bar.write(
+                f"other programs keep the cores busy, and each step waits for them: "
+                f"with OMP_NUM_THREADS={threads - 1} before the command it may be faster."
+            )
 
     def end_epoch(self, step: int) -> None:
         began = time.perf_counter()

@@ -195,3 +195,26 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(given, turns):
         check=True,
     )
     assert done.stdout.split()[0] == str(turns)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux says it")
+def test_the_seconds_without_a_core_are_those_that_others_had_it():
+    """Three programs on one core: what this one did not run, it stood ready for."""
+    code = (
+        "import os, subprocess, sys, time\n"
+        "from empssl_support.machine import seconds_without_a_core\n"
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "busy = [sys.executable, '-c', 'while True: pass']\n"
+        "others = [subprocess.Popen(busy) for _ in range(2)]\n"
+        "try:\n"
+        "    began = time.perf_counter(), time.process_time(), seconds_without_a_core()\n"
+        "    while time.perf_counter() < began[0] + 2: pass\n"
+        "    ended = time.perf_counter(), time.process_time(), seconds_without_a_core()\n"
+        "finally:\n"
+        "    for other in others: other.kill()\n"
+        "print(*(after - before for before, after in zip(began, ended)))\n"
+    )
+    done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    seconds, ran, waited = map(float, done.split())
+    assert ran < 0.6 * seconds
+    assert waited == pytest.approx(seconds - ran, abs=0.1 * seconds)

@@ -1,11 +1,14 @@
 """A run that is stopped, killed or damaged goes on to the end that it would have had."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -385,3 +388,23 @@ def test_a_disk_that_cannot_be_read_is_not_a_damaged_checkpoint(stopped_run, mon
     monkeypatch.setattr(torch, "load", unreadable)
     assert "Input/output error" in refused(["--resume", "runs/stopped"], capsys)
     assert sorted(p.name for p in run.iterdir()) == before
+
+
+# ---- beside other programs ----
+
+
+@pytest.mark.parametrize(
+    "share,threads,told",
+    [(0.3, 2, 1), (0.1, 2, 0), (0.3, 1, 0)],
+    ids=["busy cores", "free cores", "one thread"],
+)
+def test_training_beside_other_programs_says_what_to_do(share, threads, told, monkeypatch, capfd):
+    """Time runs fast here, and of each second some share was spent without a core."""
+    clock = itertools.count(step=3)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(**vars(time)))
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(runs, "seconds_without_a_core", lambda: 7 + share * next(clock))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    main(RUN)
+    said = "with OMP_NUM_THREADS=1 before the command it may be faster"
+    assert "".join(capfd.readouterr()).count(said) == told
