@@ -54,6 +54,8 @@ TRIES = {
     # Patches of an image at about the pairwise cosine that the preset has.
     "patches-4-lambda-140": Try(0.718, "--epochs 6 --patches 4 --lam 140"),
     "patches-12-lambda-92": Try(0.712, "--epochs 2 --patches 12 --lam 92"),
+    # Smaller patches first, for about the seconds of three epochs of the preset.
+    "growing-patches": Try(0.722, "--epochs 4 --size-schedule 12:0.7,16:0.3"),
     "preset-45000": Try(0.765, images=45_000),
     "paper-45000": Try(0.765, "--epochs 3 --augmentation paper", images=45_000),
     "batch-100-45000": Try(
