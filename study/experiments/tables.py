@@ -37,23 +37,23 @@ def result() -> str:
     finished.sort(key=lambda run: run["epochs"])
     for runs in by_key(finished + read("shapes"), "name").values():
         first = runs[0]
-        data = data_name(first)
-        passes = f"{first['epochs']} epochs" if first["epochs"] > 1 else "1 epoch"
+        labels = ", all labels" if first.get("method") == "supervised" else ""
         rows.append(
             [
-                data + (", all labels" if first.get("method") == "supervised" else ""),
+                data_name(first) + labels,
+                first["epochs"],
+                average(alone(runs), "train_seconds"),
                 accuracy(runs, "linear_top1"),
                 accuracy(runs, "quadrants_top1"),
                 accuracy(runs, "knn_top1"),
                 accuracy(runs, "untrained_knn_top1"),
                 accuracy(runs, "raw_pixels_knn_top1"),
-                f"{passes}, {undisturbed_seconds(runs)}",
-                "; ".join(processors(runs)),
                 len(runs),
+                "; ".join(processors(runs)),
             ]
         )
-    columns = ["data", "bag of patches", "quadrants", "kNN", "kNN, untrained", "kNN, pixels"]
-    columns += ["training", "on", "seeds"]
+    columns = ["data", "epochs", "seconds", "bag of patches", "quadrants", "kNN"]
+    columns += ["kNN, untrained", "kNN, pixels", "seeds", "on"]
     return table(columns, rows + kmeans_rows())
 
 
@@ -64,33 +64,28 @@ def kmeans_rows() -> list[list]:
         first = runs[0]
         spent = [sum(v for k, v in r["metrics"].items() if k.endswith("_seconds")) for r in runs]
         what = f"{data_name(first)}, k-means of {first['centroids']:,} patches"
-        seconds = f"{sum(spent) / len(spent):,.0f} s in all"
-        where = "; ".join(processors(runs))
+        seconds = f"{sum(spent) / len(spent):,.0f}"
         figures = ["", accuracy(runs, "svm_top1"), "", "", ""]
-        rows.append([what, *figures, seconds, where, len(runs)])
+        rows.append([what, "", seconds, *figures, len(runs), "; ".join(processors(runs))])
     return rows
 
 
-def undisturbed_seconds(runs: list[dict]) -> str:
-    """Of training, over the runs that had the machine to themselves, and how many those are."""
-    alone = [run for run in runs if "other_work_on_the_machine" not in run]
-    if not alone:
-        return "beside other work"
-    seconds = average(alone, "train_seconds", " s")
-    return seconds if len(alone) == len(runs) else f"{seconds} alone ({len(alone)} of {len(runs)})"
+def alone(runs: list[dict]) -> list[dict]:
+    """Those that had the machine to themselves: seconds beside other work say nothing."""
+    return [run for run in runs if "other_work_on_the_machine" not in run]
 
 
 def processors(runs: list[dict]) -> list[str]:
-    """Name, threads and whether there is bf16, without other vector instructions.
+    """Names, each once, and whether there is bf16, without other vector instructions.
 
-    All of them, each once: also those on which a run went on.
+    Also those on which a run went on.
     """
     names = []
     for run in runs:
         resumed = [mark["resumed"]["hardware"] for mark in run.get("resumed", [])]
         for hardware in [run["hardware"], *resumed]:
-            name = re.sub(r", (AVX|AMX)[^,)]*", "", hardware)
-            names.append(re.sub(r"\b1 threads", "1 thread", name))
+            name = re.sub(r", (AVX|AMX|\d+ threads)[^,)]*", "", hardware)
+            names.append(re.sub(r"^cpu \((.*)\)$", r"\1", name))
     return list(dict.fromkeys(names))
 
 
