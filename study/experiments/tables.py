@@ -31,43 +31,68 @@ MORE_METHODS = METHODS | {
 
 
 def result() -> str:
-    """A row for each recipe, over its seeds; the shorter trainings first."""
-    rows = []
+    """For each data set what there is without training, then a row a recipe, over its seeds."""
     finished = [run for run in read("laptop") if "predicted" not in run]
-    finished.sort(key=lambda run: run["epochs"])
-    for runs in by_key(finished + read("shapes"), "name").values():
-        first = runs[0]
-        labels = ", all labels" if first.get("method") == "supervised" else ""
-        rows.append(
-            [
-                data_name(first) + labels,
-                first["epochs"],
-                average(alone(runs), "train_seconds"),
-                accuracy(runs, "linear_top1"),
-                accuracy(runs, "quadrants_top1"),
-                accuracy(runs, "knn_top1"),
-                accuracy(runs, "untrained_knn_top1"),
-                accuracy(runs, "raw_pixels_knn_top1"),
-                len(runs),
-                "; ".join(processors(runs)),
-            ]
-        )
-    columns = ["data", "epochs", "seconds", "bag of patches", "quadrants", "kNN"]
-    columns += ["kNN, untrained", "kNN, pixels", "seeds", "on"]
-    return table(columns, rows + kmeans_rows())
-
-
-def kmeans_rows() -> list[list]:
-    """K-means without a network: its quadrants, by an SVM, in the seconds of all that it does."""
+    finished.sort(key=lambda run: run["epochs"])  # the shorter trainings first
+    trained, clustered = by_data(finished + read("shapes")), by_data(read("kmeans"))
     rows = []
-    for runs in by_key(read("kmeans"), "name").values():
-        first = runs[0]
-        spent = [sum(v for k, v in r["metrics"].items() if k.endswith("_seconds")) for r in runs]
-        what = f"{data_name(first)}, k-means of {first['centroids']:,} patches"
-        seconds = f"{sum(spent) / len(spent):,.0f}"
-        figures = ["", accuracy(runs, "svm_top1"), "", "", ""]
-        rows.append([what, "", seconds, *figures, len(runs), "; ".join(processors(runs))])
+    for data in trained | clustered:
+        runs = trained.get(data, [])
+        rows += rows_without_training(data, runs)
+        rows += [row_of_recipe(data, of_one) for of_one in by_key(runs, "name").values()]
+        of_kmeans = by_key(clustered.get(data, []), "name")
+        rows += [row_of_kmeans(data, of_one) for of_one in of_kmeans.values()]
+    columns = ["data", "features", "epochs", "training, s", "in all, s"]
+    return table([*columns, "bag of patches", "quadrants", "kNN", "seeds", "on"], rows)
+
+
+def by_data(runs: list[dict]) -> dict[str, list[dict]]:
+    return by_key([run | {"data": data_name(run)} for run in runs], "data")
+
+
+def rows_without_training(data: str, runs: list[dict]) -> list[list]:
+    """KNN of the images themselves and of untrained encoders, one a seed: what is to be beaten."""
+    of_each_seed = list({run["seed"]: run for run in reversed(runs)}.values())
+    rows = []
+    keys = {"raw pixels": "raw_pixels_knn_top1", "untrained encoder": "untrained_knn_top1"}
+    for what, key in keys.items():
+        if knn := accuracy(of_each_seed, key):
+            rows.append([data, what, "", "", "", "", "", knn, len(of_each_seed), ""])
     return rows
+
+
+def row_of_recipe(data: str, runs: list[dict]) -> list:
+    first = runs[0]
+    labels = first.get("method") == "supervised"
+    return [
+        data,
+        "all labels" if labels else "EMP-SSL",
+        first["epochs"],
+        average(alone(runs), "train_seconds"),
+        seconds_in_all(alone(runs)),
+        accuracy(runs, "linear_top1"),
+        accuracy(runs, "quadrants_top1"),
+        accuracy(runs, "knn_top1"),
+        len(runs),
+        "; ".join(processors(runs)),
+    ]
+
+
+def row_of_kmeans(data: str, runs: list[dict]) -> list:
+    """K-means without a network: its quadrants, by an SVM."""
+    what = f"k-means, {runs[0]['centroids']:,} patches"
+    spent = [average(alone(runs), "centroid_seconds"), seconds_in_all(alone(runs))]
+    figures = ["", accuracy(runs, "svm_top1"), ""]
+    return [data, what, "", *spent, *figures, len(runs), "; ".join(processors(runs))]
+
+
+SPENT = ("train_seconds", "centroid_seconds", "feature_seconds", "probe_seconds")
+
+
+def seconds_in_all(runs: list[dict]) -> str:
+    """Of training, features and probes."""
+    spent = [sum(run["metrics"].get(key, 0) for key in SPENT) for run in runs]
+    return f"{sum(spent) / len(spent):,.0f}" if spent else ""
 
 
 def alone(runs: list[dict]) -> list[dict]:
@@ -95,13 +120,22 @@ def laptop_tries() -> str:
     tries = [run for run in read("laptop") if "predicted" in run]
     for name, runs in by_key(tries, "name").items():
         first = runs[0]
-        keys = ("linear_top1", "quadrants_top1", "knn_top1")
-        figures = [accuracy(runs, key) for key in keys]
-        what = [name.removeprefix("try-"), f"`{first['flags']}`", first["stages"]]
+        what = [name.removeprefix("try-"), changed(first), first["stages"]]
+        figures = [accuracy(runs, key) for key in ("linear_top1", "knn_top1")]
         seen = [average(runs, "patches_seen"), len(runs)]
         rows.append([*what, f"{first['predicted']:.3f}", *figures, *seen])
-    columns = ["try", "flags", "encoder", "predicted", "bag of patches", "quadrants", "kNN"]
+    columns = ["try", "what was set", "encoder", "predicted", "bag of patches", "kNN"]
     return table([*columns, "patches seen", "seeds"], rows)
+
+
+def changed(run: dict) -> str:
+    """A try's flags, and what no flag sets."""
+    said = [f"`{run['flags']}`"]
+    if run.get("newton_schulz", 5) != 5:
+        said.append(f"{run['newton_schulz']} Newton-Schulz steps")
+    if run.get("decay"):
+        said.append(f"constant, then falling in the last {run['decay']:.0%}")
+    return ", ".join(said)
 
 
 # ---- the comparison with other methods ----
