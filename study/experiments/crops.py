@@ -29,10 +29,9 @@ def bags(encoder: empssl.Encoder, images: Tensor, crops: int, precision: str) ->
 
 def up_to_the_convolutions(encoder: empssl.Encoder) -> empssl.Encoder:
     """The same backbone, whose own output is the representation."""
-    below = copy.copy(encoder)
-    below._modules = encoder._modules | {"represent": nn.Identity()}
-    width = encoder.represent[0].in_features
-    below.architecture = encoder.architecture | {"hidden": width}
+    below = copy.deepcopy(encoder)
+    below.architecture["hidden"] = encoder.represent[0].in_features
+    below.represent = nn.Identity()
     return below
 
 

@@ -138,6 +138,18 @@ def changed(run: dict) -> str:
     return ", ".join(said)
 
 
+def crops() -> str:
+    """What is probed of the same encoders, one a seed."""
+    rows = []
+    found = [row for run in read("crops") for row in run["metrics"]["rows"]]
+    for what, same in by_key(found, "what").items():
+        scores = [{"metrics": row} for row in same]
+        figures = [accuracy(scores, key) for key in ("linear_top1", "knn_top1")]
+        rows.append([what, same[0]["crops"], *figures, len(same)])
+    columns = ["what is probed", "crops encoded", "bag of patches", "kNN", "seeds"]
+    return table(columns, rows)
+
+
 # ---- the comparison with other methods ----
 
 
@@ -287,6 +299,7 @@ def precision() -> str:
 TABLES = {
     "result": result,
     "laptop-tries": laptop_tries,
+    "crops": crops,
     "peers-one-epoch": peers_one_epoch,
     "peers-equal-seconds": peers_equal_seconds,
     "empssl-ablations": empssl_ablations,
