@@ -17,7 +17,7 @@ from pathlib import Path
 
 from empssl_support.cli import UsageError, one_sentence
 from study.experiments.cells import METHODS, accuracy, average, data_name, extent, table
-from study.experiments.records import by_key, read
+from study.experiments.records import by_key, mean_and_deviation, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -115,17 +115,23 @@ def processors(runs: list[dict]) -> list[str]:
 
 
 def laptop_tries() -> str:
-    """What was tried for the preset, on held-out training images, beside what was expected."""
-    rows = []
+    """What was tried for the preset, on held-out training images, the best first."""
     tries = [run for run in read("laptop") if "predicted" in run]
-    for name, runs in by_key(tries, "name").items():
+    of_each = by_key(tries, "name").values()
+    best_first = sorted(of_each, key=lambda runs: -mean_and_deviation(runs, "linear_top1")[0])
+    rows = []
+    for runs in sorted(best_first, key=images_of_a_try):
         first = runs[0]
-        what = [name.removeprefix("try-"), changed(first), first["stages"]]
+        what = [first["name"].removeprefix("try-"), changed(first), first["stages"]]
+        seen = [f"{images_of_a_try(runs):,}", average(runs, "patches_seen")]
         figures = [accuracy(runs, key) for key in ("linear_top1", "knn_top1")]
-        seen = [average(runs, "patches_seen"), len(runs)]
-        rows.append([*what, f"{first['predicted']:.3f}", *figures, *seen])
-    columns = ["try", "what was set", "encoder", "predicted", "bag of patches", "kNN"]
-    return table([*columns, "patches seen", "seeds"], rows)
+        rows.append([*what, *seen, f"{first['predicted']:.3f}", *figures, len(runs)])
+    columns = ["try", "what was set", "encoder", "images", "patches seen", "predicted"]
+    return table([*columns, "bag of patches", "kNN", "seeds"], rows)
+
+
+def images_of_a_try(runs: list[dict]) -> int:
+    return runs[0].get("images", 15_000)  # the first tries do not say
 
 
 def changed(run: dict) -> str:
@@ -253,12 +259,16 @@ def step() -> str:
     """The parts of a training step, in time and against their floors."""
     rows = []
     for run in read("step"):
-        for part in run["metrics"]["parts"]:
+        where = [run["preset"], run["precision"], run["hardware"]]
+        parts = run["metrics"]["parts"]
+        for part in parts:
             time = f"{part['seconds'] * 1e3:.1f} ms"
-            over = f"{part['seconds'] / part['floor']:.1f} times" if "floor" in part else ""
-            cells = [part["part"], time, f"{part['share']:.1%}", over]
-            rows.append([run["preset"], run["hardware"], *cells])
-    return table(["preset", "hardware", "part", "time", "share", "over its floor"], rows)
+            over = f"{part['seconds'] / part['floor']:.1f} times"
+            rows.append([*where, part["part"], time, f"{part['share']:.1%}", over])
+        whole = sum(part["seconds"] for part in parts)
+        rows.append([*where, "all", f"{whole * 1e3:.1f} ms", "", ""])
+    columns = ["preset", "precision", "hardware", "part", "time", "share", "over its floor"]
+    return table(columns, rows)
 
 
 def busy() -> str:
