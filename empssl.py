@@ -891,13 +891,18 @@ class Features(NamedTuple):
     quadrants: Tensor | None  # (N, 4 * hidden), where the patches are on a grid of even side
 
 
-def features_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Features:
-    how = {"patches": config.eval_patches, "seed": config.seed, "precision": config.precision}
+def bag_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Tensor:
+    """As `embed` gives it, by the settings of the evaluation."""
+    augmentation = None
     if config.eval_augmentation == "train":
         augmentation = training_augmentation(config, images.shape[2:])
-        return Features(embed(encoder, images, augmentation=augmentation, **how), None)
-    if math.isqrt(config.eval_patches) % 2:
-        return Features(embed(encoder, images, **how), None)
+    return embed(encoder, images, config.eval_patches, augmentation, config.seed, config.precision)
+
+
+def features_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Features:
+    if config.eval_augmentation == "train" or math.isqrt(config.eval_patches) % 2:
+        return Features(bag_to_probe(encoder, images, config), None)
+    how = {"patches": config.eval_patches, "precision": config.precision}
     quadrants = embed(encoder, images, quadrants=True, **how)
     return Features(quadrants.unflatten(1, (4, -1)).mean(1), quadrants)
 
@@ -1001,7 +1006,7 @@ def knn_within_training(encoder: Encoder, data: Dataset, config: Config) -> dict
     y = data.train_labels[rows]
     images = data.train_images[rows.to(data.train_images.device)]
     few = dataclasses.replace(config, eval_patches=min(4, config.eval_patches))
-    h = features_to_probe(encoder, images, few).bag
+    h = bag_to_probe(encoder, images, few)
     top1 = from_first(lambda: knn_probe(h[queries:], y[queries:], h[:queries], y[:queries]))
     return {"train_knn_top1": top1}
 
@@ -1116,6 +1121,13 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     if config.export_features:
         export_features(config.export_features, train_h, test_h, data)
     record = score(encoder, data.train_images, config)
+    if test_h is not None:
+        record |= probe(train_h, test_h, data)
+    # Only the bags are needed from here on: let go of the quadrants, which are four times as wide,
+    # before there are other features.
+    train_h = train_h.bag
+    test_h = None if test_h is None else test_h.bag
+
     # What learning has to beat, unless this encoder is itself the untrained one.
     untrained = None
     if config.checkpoint or not config.eval_only:
@@ -1125,55 +1137,48 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     if test_h is None:
         record |= results_without_labels(folder, train_h, untrained, data, config)
     else:
-        record |= results_with_labels(folder, train_h, test_h, untrained, data, config)
-    tell_score(record)
+        record |= results_with_labels(folder, test_h, untrained, data, config)
+    tell(record)
     return record | {"probe_seconds": time.perf_counter() - started}
 
 
 def results_without_labels(
-    folder: RunFolder, h: Features, untrained: Encoder | None, data: Dataset, config: Config
+    folder: RunFolder, h: Tensor, untrained: Encoder | None, data: Dataset, config: Config
 ) -> dict:
     print("These images have no labels: their features are kept, and nothing is probed.")
-    kept = {"train_features": halved(h.bag), "files": data.files}
+    kept = {"train_features": halved(h), "files": data.files}
     from_first(lambda: write_features(folder.path / "features.npz", **kept))
 
-    some = shown_in_report(len(h.bag), config)
+    some = shown_in_report(len(h), config)
     images = pick(data.train_images, some)
-    before = None if untrained is None else features_to_probe(untrained, images, config).bag
+    before = None if untrained is None else bag_to_probe(untrained, images, config)
     files = data.files and [data.files[row] for row in some.tolist()]
-    shown = {"images": images, "features": pick(h.bag, some), "untrained": before, "files": files}
+    shown = {"images": images, "features": pick(h, some), "untrained": before, "files": files}
     from_first(lambda: report.keep(folder.path, **shown))
     return {}
 
 
 def results_with_labels(
-    folder: RunFolder,
-    train_h: Features,
-    test_h: Features,
-    untrained: Encoder | None,
-    data: Dataset,
-    config: Config,
+    folder: RunFolder, test_h: Tensor, untrained: Encoder | None, data: Dataset, config: Config
 ) -> dict:
-    """The test accuracies; `untrained` is None where they are the untrained encoder's own."""
-    kept = {"test_features": halved(test_h.bag), "test_labels": data.test_labels}
+    """What learning has to beat; `untrained` is None where the encoder is itself untrained."""
+    kept = {"test_features": halved(test_h), "test_labels": data.test_labels}
     kept["classes"] = data.classes
     from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
-    record = probe(train_h, test_h, data)
 
-    some = shown_in_report(len(test_h.bag), config)
-    shown = {"images": pick(data.test_images, some), "features": pick(test_h.bag, some)}
+    some = shown_in_report(len(test_h), config)
+    shown = {"images": pick(data.test_images, some), "features": pick(test_h, some)}
     shown |= {"labels": data.test_labels[some], "classes": data.classes}
     shown["files"] = data.test_files and [data.test_files[row] for row in some.tolist()]
     if untrained is None:
         top1, _ = probe_pixels(data, linear_probe)
-        record |= {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
+        record = {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
     else:
-        before = features_to_probe(untrained, data.train_images, config).bag
-        test_before = features_to_probe(untrained, data.test_images, config).bag
-        record |= probe_without_training(before, test_before, data)
+        before = bag_to_probe(untrained, data.train_images, config)
+        test_before = bag_to_probe(untrained, data.test_images, config)
+        record = probe_without_training(before, test_before, data)
         shown["untrained"] = pick(test_before, some)
     from_first(lambda: report.keep(folder.path, **shown))
-    print(", ".join(f"{LABELS[key]} {value:.4f}" for key, value in record.items() if key in LABELS))
     return record
 
 
@@ -1188,7 +1193,10 @@ def pick(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows.to(x.device)]
 
 
-def tell_score(record: dict) -> None:
+def tell(record: dict) -> None:
+    accuracies = [f"{what} {record[key]:.4f}" for key, what in LABELS.items() if key in record]
+    if accuracies:
+        print(", ".join(accuracies))
     beside = record.get("untrained_effective_rank")
     untrained = "" if beside is None else f" (of the untrained encoder {beside:.1f})"
     kept = record["neighbours_kept"]

@@ -212,10 +212,10 @@ def test_the_parts_of_a_step_are_kept_and_drawn(monkeypatch):
     monkeypatch.setattr(step, "median_seconds", called_once)
     monkeypatch.setattr(step, "product_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(step, "copy_rate", lambda device: 1e9)
-    step.main(f"--preset laptop --device cpu {TINY}".split())
+    step.main(f"--preset laptop --device cpu --precision float32 {TINY}".split())
     (record,) = records.read("step")
     assert set(records.PROVENANCE) <= set(record)
-    assert (record["name"], record["preset"]) == ("laptop-cpu", "laptop")
+    assert (record["name"], record["preset"]) == ("laptop-cpu-float32", "laptop")
     parts = record["metrics"]["parts"]
     assert [part["part"] for part in parts] == list(step.PARTS)
     assert sum(part["share"] for part in parts) == pytest.approx(1)
@@ -223,4 +223,7 @@ def test_the_parts_of_a_step_are_kept_and_drawn(monkeypatch):
     # 40 patches of 8 x 8: 115 operations a pixel; backward does twice what forward does.
     assert floors["patches"] == pytest.approx(40 * 64 * 115 / 1e9)
     assert floors["backward"] == 2 * floors["forward"] > 0
-    assert tables.step().count("\n") == 7
+    *rows, whole = tables.step().splitlines()[2:]
+    assert [row.split(" | ")[3] for row in rows] == list(step.PARTS)
+    seconds = sum(part["seconds"] for part in parts)
+    assert whole.endswith(f"| all | {seconds * 1e3:.1f} ms |  |  |")

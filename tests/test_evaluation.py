@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,26 @@ def test_the_headline_is_the_bags_and_quadrants_stand_beside(monkeypatch):
     assert quadrants.shape == (60, 64) and test_quadrants.shape == (40, 64)
     torch.testing.assert_close(quadrants.view(60, 4, 16).mean(1), bag)
     assert (record["linear_top1"], record["quadrants_top1"]) == (0.1, 0.2)
+
+
+@whole_runs
+def test_the_quadrants_are_let_go_before_there_are_other_features(monkeypatch):
+    """They take most of a run's memory: 1.6 GB of 50,000 images."""
+    probe, left = empssl.probe, []
+
+    def probe_and_watch(train_h, test_h, data):
+        left.extend(weakref.ref(h.quadrants) for h in (train_h, test_h))
+        return probe(train_h, test_h, data)
+
+    def untrained(config, images):
+        assert [quadrants() for quadrants in left] == [None, None]
+        raise empssl.UsageError("that is enough")
+
+    monkeypatch.setattr(empssl, "probe", probe_and_watch)
+    monkeypatch.setattr(empssl, "untrained_encoder", untrained)
+    with pytest.raises(SystemExit):
+        main(SHAPES)
+    assert len(left) == 2
 
 
 @whole_runs

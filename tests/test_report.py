@@ -178,16 +178,16 @@ def test_of_many_images_some_are_shown(in_tmp, monkeypatch):
     monkeypatch.setattr(empssl, "shown_in_report", lambda N, config: some)
     plain_folder(in_tmp / "plain")
     seen = []
-    features = empssl.features_to_probe
+    before = empssl.bag_to_probe
 
     def watched(encoder, images, config):
         seen.append(len(images))
-        return features(encoder, images, config)
+        return before(encoder, images, config)
 
-    monkeypatch.setattr(empssl, "features_to_probe", watched)
+    monkeypatch.setattr(empssl, "bag_to_probe", watched)
     of_plain_images("plain")
     kept, whole = np.load("runs/demo/report.npz"), np.load("runs/demo/features.npz")
-    assert seen == [30, 4]  # after training all of them, before it those that are shown
+    assert seen == [4]  # before training those that are shown alone
     assert np.array_equal(kept["features"], whole["train_features"][some])
     assert [name[-6:] for name in kept["files"]] == ["02.png", "03.png", "11.png", "28.png"]
     assert kept["untrained"].shape == (4, 16) and "training images" in page()

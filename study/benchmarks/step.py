@@ -109,8 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         share = time / sum(seconds)
         rows.append({"part": part, "seconds": time, "share": share, "floor": floor})
         print(f"{part:10} {time * 1e3:8.1f} ms  {share:6.1%}  {time / floor:6.1f} times its floor")
-    name = f"{config.preset}-{config.device.split(':')[0]}"
+    name = f"{config.preset}-{config.device.split(':')[0]}-{config.precision}"
     record = {"name": name, "seed": config.seed, "preset": config.preset}
+    record["precision"] = config.precision
     keep("step", record | provenance(config.device) | {"metrics": {"parts": rows}})
 
 

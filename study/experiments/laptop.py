@@ -1,6 +1,6 @@
 """The README's figures, by preset laptop on a CPU: python -m study.experiments.laptop
 
-One pass, ten minutes, an hour, the last two with all labels as well, and `shapes`, on two cores.
+One pass, ten minutes, an hour, the hour with all labels as well, and `shapes`, on two cores.
 Records are kept in laptop.jsonl and shapes.jsonl.
 """
 
@@ -11,17 +11,15 @@ from study.experiments.runs import Recipe, flags, start_all
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "One pass, ten minutes and an hour, the last two with all labels too; and shapes."
+    about = "One pass, ten minutes and an hour, the hour with all labels too; and shapes."
     typed = flags(about, "data/cifar10-jpeg").parse_args(argv)
     preset = "--preset laptop --device cpu"
     bench = f"--dataset imagefolder --data-dir {shlex.quote(typed.data_dir)} {preset}"
     recipes = []
     for seed in range(typed.seeds):
-        supervised = f"{bench} --epochs 4 --method supervised"
         recipes += [
             Recipe("laptop", "one-pass", f"{bench} --epochs 1", seed),
             Recipe("laptop", "ten-minutes", f"{bench} --epochs 4", seed),
-            Recipe("laptop", "ten-minutes-supervised", supervised, seed),
         ]
     recipes += [
         # With the paper's augmentation, so that colour does not name them.

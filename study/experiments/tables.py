@@ -18,7 +18,7 @@ from pathlib import Path
 from empssl_support.cli import UsageError, one_sentence
 from study.experiments import comparisons
 from study.experiments.cells import accuracy, average, data_name, table
-from study.experiments.records import by_key, read
+from study.experiments.records import by_key, mean_and_deviation, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -26,43 +26,68 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def result() -> str:
-    """A row for each recipe, over its seeds; the shorter trainings first."""
-    rows = []
+    """For each data set what there is without training, then a row a recipe, over its seeds."""
     finished = [run for run in read("laptop") if "predicted" not in run]
-    finished.sort(key=lambda run: run["epochs"])
-    for runs in by_key(finished + read("shapes"), "name").values():
-        first = runs[0]
-        labels = ", all labels" if first.get("method") == "supervised" else ""
-        rows.append(
-            [
-                data_name(first) + labels,
-                first["epochs"],
-                average(alone(runs), "train_seconds"),
-                accuracy(runs, "linear_top1"),
-                accuracy(runs, "quadrants_top1"),
-                accuracy(runs, "knn_top1"),
-                accuracy(runs, "untrained_knn_top1"),
-                accuracy(runs, "raw_pixels_knn_top1"),
-                len(runs),
-                "; ".join(processors(runs)),
-            ]
-        )
-    columns = ["data", "epochs", "seconds", "bag of patches", "quadrants", "kNN"]
-    columns += ["kNN, untrained", "kNN, pixels", "seeds", "on"]
-    return table(columns, rows + kmeans_rows())
-
-
-def kmeans_rows() -> list[list]:
-    """K-means without a network: its quadrants, by an SVM, in the seconds of all that it does."""
+    finished.sort(key=lambda run: run["epochs"])  # the shorter trainings first
+    trained, clustered = by_data(finished + read("shapes")), by_data(read("kmeans"))
     rows = []
-    for runs in by_key(read("kmeans"), "name").values():
-        first = runs[0]
-        spent = [sum(v for k, v in r["metrics"].items() if k.endswith("_seconds")) for r in runs]
-        what = f"{data_name(first)}, k-means of {first['centroids']:,} patches"
-        seconds = f"{sum(spent) / len(spent):,.0f}"
-        figures = ["", accuracy(runs, "svm_top1"), "", "", ""]
-        rows.append([what, "", seconds, *figures, len(runs), "; ".join(processors(runs))])
+    for data in trained | clustered:
+        runs = trained.get(data, [])
+        rows += rows_without_training(data, runs)
+        rows += [row_of_recipe(data, of_one) for of_one in by_key(runs, "name").values()]
+        of_kmeans = by_key(clustered.get(data, []), "name")
+        rows += [row_of_kmeans(data, of_one) for of_one in of_kmeans.values()]
+    columns = ["data", "features", "epochs", "training, s", "in all, s"]
+    return table([*columns, "bag of patches", "quadrants", "kNN", "seeds", "on"], rows)
+
+
+def by_data(runs: list[dict]) -> dict[str, list[dict]]:
+    return by_key([run | {"data": data_name(run)} for run in runs], "data")
+
+
+def rows_without_training(data: str, runs: list[dict]) -> list[list]:
+    """KNN of the images themselves and of untrained encoders, one a seed: what is to be beaten."""
+    of_each_seed = list({run["seed"]: run for run in reversed(runs)}.values())
+    rows = []
+    keys = {"raw pixels": "raw_pixels_knn_top1", "untrained encoder": "untrained_knn_top1"}
+    for what, key in keys.items():
+        if knn := accuracy(of_each_seed, key):
+            rows.append([data, what, "", "", "", "", "", knn, len(of_each_seed), ""])
     return rows
+
+
+def row_of_recipe(data: str, runs: list[dict]) -> list:
+    first = runs[0]
+    labels = first.get("method") == "supervised"
+    return [
+        data,
+        "all labels" if labels else "EMP-SSL",
+        first["epochs"],
+        average(alone(runs), "train_seconds"),
+        seconds_in_all(alone(runs)),
+        accuracy(runs, "linear_top1"),
+        accuracy(runs, "quadrants_top1"),
+        accuracy(runs, "knn_top1"),
+        len(runs),
+        "; ".join(processors(runs)),
+    ]
+
+
+def row_of_kmeans(data: str, runs: list[dict]) -> list:
+    """K-means without a network: its quadrants, by an SVM."""
+    what = f"k-means, {runs[0]['centroids']:,} patches"
+    spent = [average(alone(runs), "centroid_seconds"), seconds_in_all(alone(runs))]
+    figures = ["", accuracy(runs, "svm_top1"), ""]
+    return [data, what, "", *spent, *figures, len(runs), "; ".join(processors(runs))]
+
+
+SPENT = ("train_seconds", "centroid_seconds", "feature_seconds", "probe_seconds")
+
+
+def seconds_in_all(runs: list[dict]) -> str:
+    """Of training, features and probes."""
+    spent = [sum(run["metrics"].get(key, 0) for key in SPENT) for run in runs]
+    return f"{sum(spent) / len(spent):,.0f}" if spent else ""
 
 
 def alone(runs: list[dict]) -> list[dict]:
@@ -85,18 +110,45 @@ def processors(runs: list[dict]) -> list[str]:
 
 
 def laptop_tries() -> str:
-    """What was tried for the preset, on held-out training images, beside what was expected."""
-    rows = []
+    """What was tried for the preset, on held-out training images, the best first."""
     tries = [run for run in read("laptop") if "predicted" in run]
-    for name, runs in by_key(tries, "name").items():
+    of_each = by_key(tries, "name").values()
+    best_first = sorted(of_each, key=lambda runs: -mean_and_deviation(runs, "linear_top1")[0])
+    rows = []
+    for runs in sorted(best_first, key=images_of_a_try):
         first = runs[0]
-        keys = ("linear_top1", "quadrants_top1", "knn_top1")
-        figures = [accuracy(runs, key) for key in keys]
-        what = [name.removeprefix("try-"), f"`{first['flags']}`", first["stages"]]
-        seen = [average(runs, "patches_seen"), len(runs)]
-        rows.append([*what, f"{first['predicted']:.3f}", *figures, *seen])
-    columns = ["try", "flags", "encoder", "predicted", "bag of patches", "quadrants", "kNN"]
-    return table([*columns, "patches seen", "seeds"], rows)
+        what = [first["name"].removeprefix("try-"), changed(first), first["stages"]]
+        seen = [f"{images_of_a_try(runs):,}", average(runs, "patches_seen")]
+        figures = [accuracy(runs, key) for key in ("linear_top1", "knn_top1")]
+        rows.append([*what, *seen, f"{first['predicted']:.3f}", *figures, len(runs)])
+    columns = ["try", "what was set", "encoder", "images", "patches seen", "predicted"]
+    return table([*columns, "bag of patches", "kNN", "seeds"], rows)
+
+
+def images_of_a_try(runs: list[dict]) -> int:
+    return runs[0].get("images", 15_000)  # the first tries do not say
+
+
+def changed(run: dict) -> str:
+    """A try's flags, and what no flag sets."""
+    said = [f"`{run['flags']}`"]
+    if run.get("newton_schulz", 5) != 5:
+        said.append(f"{run['newton_schulz']} Newton-Schulz steps")
+    if run.get("decay"):
+        said.append(f"constant, then falling in the last {run['decay']:.0%}")
+    return ", ".join(said)
+
+
+def crops() -> str:
+    """What is probed of the same encoders, one a seed."""
+    rows = []
+    found = [row for run in read("crops") for row in run["metrics"]["rows"]]
+    for what, same in by_key(found, "what").items():
+        scores = [{"metrics": row} for row in same]
+        figures = [accuracy(scores, key) for key in ("linear_top1", "knn_top1")]
+        rows.append([what, same[0]["crops"], *figures, len(same)])
+    columns = ["what is probed", "crops encoded", "bag of patches", "kNN", "seeds"]
+    return table(columns, rows)
 
 
 # ---- the compiled ops ----
@@ -126,12 +178,16 @@ def step() -> str:
     """The parts of a training step, in time and against their floors."""
     rows = []
     for run in read("step"):
-        for part in run["metrics"]["parts"]:
+        where = [run["preset"], run["precision"], run["hardware"]]
+        parts = run["metrics"]["parts"]
+        for part in parts:
             time = f"{part['seconds'] * 1e3:.1f} ms"
-            over = f"{part['seconds'] / part['floor']:.1f} times" if "floor" in part else ""
-            cells = [part["part"], time, f"{part['share']:.1%}", over]
-            rows.append([run["preset"], run["hardware"], *cells])
-    return table(["preset", "hardware", "part", "time", "share", "over its floor"], rows)
+            over = f"{part['seconds'] / part['floor']:.1f} times"
+            rows.append([*where, part["part"], time, f"{part['share']:.1%}", over])
+        whole = sum(part["seconds"] for part in parts)
+        rows.append([*where, "all", f"{whole * 1e3:.1f} ms", "", ""])
+    columns = ["preset", "precision", "hardware", "part", "time", "share", "over its floor"]
+    return table(columns, rows)
 
 
 def busy() -> str:
@@ -172,6 +228,7 @@ def precision() -> str:
 TABLES = {
     "result": result,
     "laptop-tries": laptop_tries,
+    "crops": crops,
     "ops": ops,
     "step": step,
     "busy": busy,
