@@ -893,10 +893,10 @@ class Features(NamedTuple):
 
 def bag_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Tensor:
     """As `embed` gives it, by the settings of the evaluation."""
-    augmentation = None
+    how = {"patches": config.eval_patches, "seed": config.seed, "precision": config.precision}
     if config.eval_augmentation == "train":
-        augmentation = training_augmentation(config, images.shape[2:])
-    return embed(encoder, images, config.eval_patches, augmentation, config.seed, config.precision)
+        how["augmentation"] = training_augmentation(config, images.shape[2:])
+    return embed(encoder, images, **how)
 
 
 def features_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Features:
