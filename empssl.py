@@ -141,7 +141,9 @@ class Config:
     nearest: str = flag(None, "an image: show the ten nearest to it in --data-dir, and stop")
 
     # The run and the machine.
-    seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit", least=0)
+    seed: int = flag(
+        0, "of weights, order and patches; a CPU run repeats exactly, with as many threads", least=0
+    )
     device: str = flag("auto", "cpu, cuda, cuda:1, mps")
     precision: str = flag(
         "auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32")
