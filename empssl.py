@@ -141,7 +141,9 @@ class Config:
     nearest: str = flag(None, "an image: show the ten nearest to it in --data-dir, and stop")
 
     # The run and the machine.
-    seed: int = flag(0, "of weights, order and patches; a CPU run repeats bit for bit", least=0)
+    seed: int = flag(
+        0, "of weights, order and patches; a CPU run repeats exactly, with as many threads", least=0
+    )
     device: str = flag("auto", "cpu, cuda, cuda:1, mps")
     precision: str = flag(
         "auto", "of the encoder; the loss is always float32", choices=("auto", "bf16", "float32")
@@ -893,10 +895,10 @@ class Features(NamedTuple):
 
 def bag_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Tensor:
     """As `embed` gives it, by the settings of the evaluation."""
-    augmentation = None
+    how = {"patches": config.eval_patches, "seed": config.seed, "precision": config.precision}
     if config.eval_augmentation == "train":
-        augmentation = training_augmentation(config, images.shape[2:])
-    return embed(encoder, images, config.eval_patches, augmentation, config.seed, config.precision)
+        how["augmentation"] = training_augmentation(config, images.shape[2:])
+    return embed(encoder, images, **how)
 
 
 def features_to_probe(encoder: Encoder, images: Tensor, config: Config) -> Features:

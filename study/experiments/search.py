@@ -71,8 +71,6 @@ TRIES = {
     "projector-2048": Try(0.722, "--epochs 3 --projector 2048"),
     # Half an hour: what an hour would gain by.
     "half-hour": Try(0.800, "--epochs 14", images=45_000),
-    "half-hour-paper": Try(0.803, "--epochs 14 --augmentation paper", images=45_000),
-    "half-hour-hidden-4096": Try(0.805, "--epochs 12 --hidden 4096", images=45_000),
     "half-hour-wide": Try(0.803, "--epochs 9", "128 + 256 + +", images=45_000),
     # The encoder.
     "hidden-4096": Try(0.730, "--epochs 3 --hidden 4096"),
