@@ -153,9 +153,12 @@ def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
 def test_the_network_has_a_row_for_each_epoch_that_was_probed():
     seen = [{"epoch": 1, "R": 160.0, "D": 0.79, "linear_top1": 0.7, "knn_top1": 0.6}]
     measured = {"R": 168.0, "D": 0.8, "knn_top1": 0.7, "train_seconds": 7200.0}
-    keep("network", "two", (0.8,), {"epochs": 2, "seen": seen}, **measured)
+    about = {"epochs": 2, "seen": seen, "hardware": "a processor"}
+    keep("network", "two", (0.8,), about, **measured)
     first, second = rows(comparisons.network().splitlines())
     assert (first["epoch"], second["epoch"]) == ("1 of 2", "2 of 2")
     assert first["bag of patches"] == "0.700" and second["bag of patches"] == "0.800"
-    assert (second["R"], second["D"], second["hours"]) == ("168.0", "0.800", "2.0")
-    assert first["hours"] == ""
+    assert (second["R"], second["D"]) == ("168.0", "0.800")
+    assert (first["training, s"], second["training, s"]) == ("", "7,200")
+    keep("network", "two", (0.8,), about | {"other_work_on_the_machine": True}, **measured)
+    assert rows(comparisons.network().splitlines())[1]["training, s"] == ""  # others slowed them

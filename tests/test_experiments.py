@@ -248,6 +248,7 @@ def test_programs_are_run_once_probed_resumed_and_keep_their_records(in_tmp, mon
     trained, record = runs.start(ours), runs.start(probed)
     assert record["probe"]["checkpoint"] == "runs/demo-ours-seed0/encoder.pt"
     assert record["metrics"]["patches_seen"] == trained["metrics"]["patches_seen"]
+    assert "quadrants_top1" in trained["metrics"] and "quadrants_top1" not in record["metrics"]
     assert all(r["command"].startswith("python empssl.py ") for r in (trained, record))
     # A peer is a program of its own, which is resumed where its record is lost.
     simclr = Recipe("demo", "simclr", f"{data} --device cpu --method simclr", 0)

@@ -216,6 +216,11 @@ def test_both_are_timed_and_kept(folder, monkeypatch, capsys):
     assert all(row["theirs"] == row["ours"] == 2 for row in record["metrics"]["rows"])
     assert capsys.readouterr().out.count("1.00 times") == 6
 
+    # A folder within another repository is not told that one's commit.
+    (folder / ".git").rename(folder.parent / ".git")
+    official.main([str(folder), "--device", "cpu", "--patches", "2", "--batch", "4"])
+    assert records.read("official")[0]["their_commit"] == "unknown"
+
 
 def test_their_patches_are_patch_major(folder):
     """Of images that are each of one colour, every patch is its image's colour."""

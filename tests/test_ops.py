@@ -455,7 +455,7 @@ def spd(n, k, device="cpu", dtype=torch.float64, condition=10.0, seed=0):
 @on_each_device
 @settings(max_examples=60)
 @given(
-    n=st.sampled_from([0, 20, 50]),  # the largest error of so many is no luck
+    n=st.sampled_from([0, 1, 20]),
     k=st.integers(1, 70),
     condition=st.sampled_from([1.0, 50.0, 1e4]),
     seed=st.integers(0, 99),
@@ -465,19 +465,23 @@ def test_logdet_and_inverse(device, n, k, condition, seed, dtype):
     A = spd(n, k, device, dtype, condition, seed)
     L, inverse = logdet(A)
     assert L.shape == (n,) and inverse.shape == (n, k, k) and L.dtype == inverse.dtype == dtype
-    assume(n > 0)
-    exact = A.double().cpu()
-    for ours, pytorch, truth in zip(
-        (L, inverse),
-        logdet_spd_ref(A),
-        (torch.linalg.slogdet(exact).logabsdet, torch.linalg.inv(exact)),
-    ):
-        error, theirs = (
-            (ours.double().cpu() - truth).abs().max(),
-            (pytorch.double().cpu() - truth).abs().max(),
-        )
-        assert error <= 2 * theirs + 1e-6 * truth.abs().max().clamp(min=1)
     assert torch.equal(inverse, inverse.mT)
+    assume(n > 0)
+    # PyTorch's largest error on 200 such matrices is the measure: on a few it can be small by luck.
+    many = spd(200, k, device, dtype, condition, seed + 1000)
+    measure = errors_of(logdet_spd_ref(many), many)
+    for (error, size), (theirs, _) in zip(errors_of((L, inverse), A), measure):
+        assert error <= 2 * theirs + 1e-6 * size
+
+
+def errors_of(found, A):
+    """Largest errors of log-determinants and of inverses, and how large these are, at least 1."""
+    A = A.double().cpu()
+    exact = (torch.linalg.slogdet(A).logabsdet, torch.linalg.inv(A))
+    return [
+        ((ours.double().cpu() - truth).abs().max(), truth.abs().max().clamp(min=1))
+        for ours, truth in zip(found, exact)
+    ]
 
 
 @on_each_device

@@ -1,5 +1,6 @@
 """What the cells of a table say of a few records. An empty cell: nothing was measured."""
 
+import re
 import statistics
 from pathlib import Path
 
@@ -71,3 +72,17 @@ def data_name(record: dict) -> str:
     if record["dataset"] != "imagefolder":
         return record["dataset"]
     return Path(record["data_dir"]).name
+
+
+def processors(runs: list[dict]) -> list[str]:
+    """Names, each once, and whether there is bf16, without other vector instructions.
+
+    Also those on which a run went on.
+    """
+    names = []
+    for run in runs:
+        resumed = [mark["resumed"]["hardware"] for mark in run.get("resumed", [])]
+        for hardware in [run["hardware"], *resumed]:
+            name = re.sub(r", (AVX|AMX|\d+ threads)[^,)]*", "", hardware)
+            names.append(re.sub(r"^cpu \((.*)\)$", r"\1", name))
+    return list(dict.fromkeys(names))

@@ -12,6 +12,7 @@ from study.experiments.cells import (
     differences,
     extent,
     points,
+    processors,
     steps,
     table,
 )
@@ -218,7 +219,7 @@ def pairs_of(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def network() -> str:
-    """A row for each probe of each training, on the way too."""
+    """A row for each probe of each training, on the way too; seconds are of undisturbed ones."""
     rows = []
     for name, runs in by_key(read("network"), "name").items():
         for epoch in sorted({line["epoch"] for run in runs for line in run["seen"]}):
@@ -231,21 +232,22 @@ def network() -> str:
             rows.append([name, f"{epoch} of {runs[0]['epochs']}", *network_cells(seen)])
         epochs = runs[0]["epochs"]
         rows.append([name, f"{epochs} of {epochs}", *network_cells(runs)])
-    columns = ["run", "epoch", "R", "D", "bag of patches", "quadrants", "kNN", "hours"]
-    return table([*columns, "seeds"], rows)
+    columns = ["run", "epoch", "R", "D", "bag of patches", "quadrants", "kNN", "training, s"]
+    return table([*columns, "seeds", "on"], rows)
 
 
 def network_cells(runs: list[dict]) -> list:
-    hours = [run["metrics"].get("train_seconds") for run in runs]
-    shared = None in hours or any("other_work_on_the_machine" in run for run in runs)
+    alone = [run["metrics"] for run in runs if "other_work_on_the_machine" not in run]
+    seconds = [metrics["train_seconds"] for metrics in alone if "train_seconds" in metrics]
     return [
         average_of(runs, "R", ".1f"),
         average_of(runs, "D", ".3f"),
         accuracy(runs),
         accuracy(runs, "quadrants_top1"),
         accuracy(runs, "knn_top1"),
-        "" if shared else f"{sum(hours) / len(hours) / 3600:.1f}",
+        f"{sum(seconds) / len(seconds):,.0f}" if seconds else "",
         len(runs),
+        "; ".join(processors(runs)),
     ]
 
 

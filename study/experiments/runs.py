@@ -114,9 +114,11 @@ def written(recipe: Recipe) -> dict:
     *before, last = records(folder)
     record = config
     if recipe.probes:
-        # The settings and costs of the training; those of the probe stand beside.
+        # The settings and costs of the training; those of the probe stand beside. What was found in
+        # the training's own probes is none of this one's.
         record = written(recipe._replace(name=recipe.probes, probes="")) | {"probe": config}
-        last = record["metrics"] | last
+        costs = ("R", "D", "train_seconds", "patches_seen")
+        last = {key: record["metrics"][key] for key in costs if key in record["metrics"]} | last
     elif config["eval_only"]:
         record = config | {"epochs": 0}
     seen = [line for line in before if "linear_top1" in line]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from empssl_support.cli import UsageError, one_sentence
 from study.experiments import comparisons
-from study.experiments.cells import accuracy, average, data_name, table
+from study.experiments.cells import accuracy, average, data_name, processors, table
 from study.experiments.records import by_key, mean_and_deviation, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -95,20 +95,6 @@ def alone(runs: list[dict]) -> list[dict]:
     return [run for run in runs if "other_work_on_the_machine" not in run]
 
 
-def processors(runs: list[dict]) -> list[str]:
-    """Names, each once, and whether there is bf16, without other vector instructions.
-
-    Also those on which a run went on.
-    """
-    names = []
-    for run in runs:
-        resumed = [mark["resumed"]["hardware"] for mark in run.get("resumed", [])]
-        for hardware in [run["hardware"], *resumed]:
-            name = re.sub(r", (AVX|AMX|\d+ threads)[^,)]*", "", hardware)
-            names.append(re.sub(r"^cpu \((.*)\)$", r"\1", name))
-    return list(dict.fromkeys(names))
-
-
 def laptop_tries() -> str:
     """What was tried for the preset, on held-out training images, the best first."""
     tries = [run for run in read("laptop") if "predicted" in run]
@@ -171,7 +157,7 @@ def speed(row: dict | None) -> str:
         return ""
     if "patches" in row:
         return f"{row['patches'] / row['seconds']:,.0f} patches/s"
-    return f"{row['seconds'] * 1e3:,.1f} ms"
+    return f"{row['seconds'] * 1e3:,.2f} ms"
 
 
 def step() -> str:
@@ -188,6 +174,17 @@ def step() -> str:
         rows.append([*where, "all", f"{whole * 1e3:.1f} ms", "", ""])
     columns = ["preset", "precision", "hardware", "part", "time", "share", "over its floor"]
     return table(columns, rows)
+
+
+def official() -> str:
+    """The authors' code beside this, in the same run."""
+    rows = []
+    for run in read("official"):
+        for row in run["metrics"]["rows"]:
+            both = [f"{row[whose] * 1e3:,.1f} ms" for whose in ("theirs", "ours")]
+            ratio = f"{row['theirs'] / row['ours']:,.1f}"
+            rows.append([row["part"], *both, ratio, *processors([run])])
+    return table(["part", "theirs, float32", "here, bf16", "times as fast", "on"], rows)
 
 
 def busy() -> str:
@@ -231,6 +228,7 @@ TABLES = {
     "crops": crops,
     "ops": ops,
     "step": step,
+    "official": official,
     "busy": busy,
     "precision": precision,
 } | comparisons.TABLES
