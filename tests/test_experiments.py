@@ -262,6 +262,7 @@ def test_programs_are_run_once_probed_resumed_and_keep_their_records(in_tmp, mon
 
 def test_the_papers_network_is_seen_after_one_epoch_and_two(stand_in, monkeypatch):
     monkeypatch.setattr(runs, "estimate", lambda recipes: 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     network.main([])
     found = {r["name"]: r for r in records.read("network")}
     assert list(found) == [
@@ -277,7 +278,8 @@ def test_the_papers_network_is_seen_after_one_epoch_and_two(stand_in, monkeypatc
     assert (probe["eval_patches"], probe["eval_augmentation"]) == (128, "train")
     assert probe["subset"] == 5000
     network.main(["--enlarged"])
-    assert records.read("network")[-1]["patch_size"] is None  # the image's
+    enlarged = records.named("network", "enlarged-2-epochs")
+    assert [run["patch_size"] for run in enlarged] == [None]  # the image's
 
 
 # ---- encoders on other images ----

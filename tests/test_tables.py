@@ -144,6 +144,9 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
         metrics = {"linear_top1": value, "quadrants_top1": 0.7, "train_seconds": 600.4}
         metrics |= {"untrained_knn_top1": 0.4, "raw_pixels_knn_top1": 0.3, "probe_seconds": 300.0}
         records.keep("laptop", a_record("ten-minutes", seed, **metrics) | settings)
+    metrics = {"linear_top1": 0.8, "train_seconds": 20.0}
+    papers = settings | {"backbone": "resnet18", "hardware": "a GPU"}
+    records.keep("network", a_record("enlarged-1-epoch", 0, **metrics) | papers)
     metrics = {"linear_top1": 0.9, "knn_top1": 0.8, "train_seconds": 60.0}
     shapes = {"hardware": "abacus", "dataset": "shapes", "epochs": 1}
     records.keep("shapes", a_record("shapes", 0, **metrics) | shapes)
@@ -153,6 +156,7 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
         "| photos | raw pixels |  |  |  |  |  | 0.300 ± 0.000 | 3 |  |",
         "| photos | untrained encoder |  |  |  |  |  | 0.400 ± 0.000 | 3 |  |",
         "| photos | EMP-SSL | 2 | 600 | 900 | 0.600 ± 0.100 | 0.700 ± 0.000 |  | 3 | abacus |",
+        "| photos | EMP-SSL, ResNet-18 | 2 | 20 | 20 | 0.800 |  |  | 1 | a GPU |",
         "| shapes | EMP-SSL | 1 | 60 | 60 | 0.900 |  | 0.800 | 1 | abacus |",
     ]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from empssl_support.cli import UsageError, one_sentence
 from study.experiments import comparisons
 from study.experiments.cells import accuracy, average, data_name, processors, table
-from study.experiments.records import by_key, mean_and_deviation, read
+from study.experiments.records import by_key, mean_and_deviation, named, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -29,6 +29,7 @@ def result() -> str:
     """For each data set what there is without training, then a row a recipe, over its seeds."""
     finished = [run for run in read("laptop") if "predicted" not in run]
     finished.sort(key=lambda run: run["epochs"])  # the shorter trainings first
+    finished += named("network", "enlarged-1-epoch")
     trained, clustered = by_data(finished + read("shapes")), by_data(read("kmeans"))
     rows = []
     for data in trained | clustered:
@@ -58,10 +59,12 @@ def rows_without_training(data: str, runs: list[dict]) -> list[list]:
 
 def row_of_recipe(data: str, runs: list[dict]) -> list:
     first = runs[0]
-    labels = first.get("method") == "supervised"
+    what = "all labels" if first.get("method") == "supervised" else "EMP-SSL"
+    if first.get("backbone") == "resnet18":
+        what += ", ResNet-18"
     return [
         data,
-        "all labels" if labels else "EMP-SSL",
+        what,
         first["epochs"],
         average(alone(runs), "train_seconds"),
         seconds_in_all(alone(runs)),
