@@ -59,6 +59,14 @@ def test_the_settings_are_those_of_the_best_try_beside_the_published_ones():
     assert row["method"] == "SimCLR" and row["chosen"] == "muon, 256, 0.15"
     assert row["temperature"] == "0.25" and row["epochs"] == "7"
     assert row["tries"] == "2" and row["held out"] == "0.700"
+    # EMP-SSL is the preset; its tries are those that were written down before.
+    about |= {"epochs": 2, "batch": 50, "predicted": 0.7, "optimizer": "muon"}
+    keep("laptop", "try-two-epochs", (0.8, 0.9), about)
+    keep("laptop", "ten-minutes", (0.5,))
+    ours, _ = rows(comparisons.settings().splitlines())
+    assert (ours["method"], ours["tries"]) == ("EMP-SSL", "2")
+    assert ours["published optimizer, batch, rate"] == "lars, 100, 0.3"
+    assert ours["chosen"] == "muon, 50, 0.15" and ours["held out"] == "0.850 ± 0.071"
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def test_methods_stand_beside_empssl_seed_by_seed(speeds):
     assert (ours["method"], ours["over EMP-SSL"]) == ("EMP-SSL", "")
     assert simclr["over EMP-SSL"] == "-15.0 ± 7.1" and simclr["steps"] == "30"
     assert simclr["bag of patches"] == "0.450 ± 0.071"
-    assert simclr["seconds"] == "30"  # by the speeds, whatever the run itself took
+    assert simclr["seconds, reckoned"] == "30"  # by the speeds, whatever the run itself took
     # Of EMP-SSL equal seconds and equal epochs are one training.
     ours, simclr = rows(comparisons.equal_epochs().splitlines())
     assert ours["bag of patches"] == "0.600 ± 0.141"
@@ -93,8 +101,13 @@ def test_seconds_to_an_accuracy_are_of_the_first_seed(speeds):
     (row,) = rows(comparisons.ten_minutes().splitlines())
     # 20 seconds an epoch: .60 half the way from the first probe to the second.
     assert row["seconds to 0.60"] == "30" and row["seconds to 0.70"] == "40"
-    assert row["seconds to 0.75"] == "not reached" and row["seconds"] == "80"
+    assert row["seconds to 0.75"] == "not reached" and row["seconds, reckoned"] == "80"
     assert row["bag of patches"] == "0.750 ± 0.014"
+    # Before the first probe nothing is known.
+    curve[0]["linear_top1"] = 0.65
+    keep("minutes", "empssl", (0.74,), about, curve=curve, images=30_000)
+    (row,) = rows(comparisons.ten_minutes().splitlines())
+    assert row["seconds to 0.60"] == "at most 20"
 
 
 def test_twenty_patches_stand_once_in_both_comparisons():

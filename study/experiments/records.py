@@ -2,8 +2,7 @@
 
 A record is a JSON object. Its `name` is the recipe's, the same for every seed. What was measured
 is in its `metrics`, where it came from in the fields of `PROVENANCE`, and the settings of the run
-stand beside them. `features` says what was probed: "grid", crops on a 4x4 grid, each encoded apart,
-as today; "maps", in an older way, features of the whole image averaged in eight regions.
+stand beside them.
 """
 
 import json

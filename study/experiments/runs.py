@@ -123,7 +123,7 @@ def written(recipe: Recipe) -> dict:
         record = config | {"epochs": 0}
     seen = [line for line in before if "linear_top1" in line]
     resumed = [line for line in before if "resumed" in line]
-    record = record | recipe.about | {"name": recipe.name, "run": folder.name, "features": "grid"}
+    record = record | recipe.about | {"name": recipe.name, "run": folder.name}
     return record | {"seen": seen, "resumed": resumed, "metrics": last}
 
 

@@ -16,24 +16,11 @@ import re
 from pathlib import Path
 
 from empssl_support.cli import UsageError, one_sentence
-from study.experiments.cells import (
-    METHODS,
-    accuracy,
-    average,
-    data_name,
-    extent,
-    processors,
-    table,
-)
-from study.experiments.records import by_key, mean_and_deviation, read
+from study.experiments import comparisons
+from study.experiments.cells import accuracy, average, data_name, processors, table
+from study.experiments.records import by_key, mean_and_deviation, named, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-MORE_METHODS = METHODS | {
-    "simclr-one-negative": "SimCLR, one negative",
-    "simclr-noise": "SimCLR, noise alone",
-    "untrained": "untrained encoder",
-}
 
 # ---- README: the result ----
 
@@ -42,6 +29,7 @@ def result() -> str:
     """For each data set what there is without training, then a row a recipe, over its seeds."""
     finished = [run for run in read("laptop") if "predicted" not in run]
     finished.sort(key=lambda run: run["epochs"])  # the shorter trainings first
+    finished += named("network", "enlarged-1-epoch")
     trained, clustered = by_data(finished + read("shapes")), by_data(read("kmeans"))
     rows = []
     for data in trained | clustered:
@@ -71,10 +59,12 @@ def rows_without_training(data: str, runs: list[dict]) -> list[list]:
 
 def row_of_recipe(data: str, runs: list[dict]) -> list:
     first = runs[0]
-    labels = first.get("method") == "supervised"
+    what = "all labels" if first.get("method") == "supervised" else "EMP-SSL"
+    if first.get("backbone") == "resnet18":
+        what += ", ResNet-18"
     return [
         data,
-        "all labels" if labels else "EMP-SSL",
+        what,
         first["epochs"],
         average(alone(runs), "train_seconds"),
         seconds_in_all(alone(runs)),
@@ -147,82 +137,6 @@ def crops() -> str:
         figures = [accuracy(scores, key) for key in ("linear_top1", "knn_top1")]
         rows.append([what, same[0]["crops"], *figures, len(same)])
     columns = ["what is probed", "crops encoded", "bag of patches", "kNN", "seeds"]
-    return table(columns, rows)
-
-
-# ---- the comparison with other methods ----
-
-
-def peers_runs(what: str, budget: str) -> list[dict]:
-    """Runs of a method or ablation, of every seed. budget: "one epoch" or "equal seconds".
-
-    A run at equal seconds has as many epochs as fit the seconds of one epoch of EMP-SSL; where
-    that is one epoch too, no second run was made, and the first one counts.
-    """
-    found = [r for r in read("peers") if r["what"] == what]
-    once = [r for r in found if r["budget"] == "one epoch"]
-    if budget == "one epoch":
-        return once
-    longer = {r["seed"]: r for r in found if r["budget"] == "equal seconds"}
-    return [longer.get(r["seed"], r) for r in once]
-
-
-def representation(runs: list[dict]) -> str:
-    """The metric that probes the representation alone, under its older or its present name."""
-    old = "representation_top1" in runs[0]["metrics"]
-    return "representation_top1" if old else "linear_top1"
-
-
-def scores(runs: list[dict]) -> list[str]:
-    return [accuracy(runs, representation(runs)), accuracy(runs, "knn_top1")]
-
-
-def costs(runs: list[dict]) -> list[str]:
-    """Seconds of training, epochs, patches seen and steps."""
-    trained = [r for r in runs if "patches_seen" in r["metrics"]]
-    steps = [r["metrics"]["patches_seen"] // (r["patches"] * r["batch"]) for r in trained]
-    return [
-        average(runs, "train_seconds"),
-        extent([r["epochs"] for r in runs]),
-        average(runs, "patches_seen"),
-        extent(steps),
-    ]
-
-
-def peers_one_epoch() -> str:
-    return peers_in_full("one epoch")
-
-
-def peers_equal_seconds() -> str:
-    return peers_in_full("equal seconds")
-
-
-def peers_in_full(budget: str) -> str:
-    rows = []
-    for what, name in MORE_METHODS.items():
-        runs = peers_runs(what, budget)
-        if runs and not (what == "untrained" and budget == "equal seconds"):
-            rows.append([name, *scores(runs), accuracy(runs, "linear_top1"), *costs(runs)])
-    columns = ["method", "representation", "kNN", "maps", "seconds", "epochs", "patches seen"]
-    return table([*columns, "steps"], rows)
-
-
-def empssl_ablations() -> str:
-    return ablations(("empssl",))
-
-
-def peers_ablations() -> str:
-    return ablations(("simclr", "single"))
-
-
-def ablations(methods: tuple[str, ...]) -> str:
-    """A row for each run of seed 0, so that rows are paired by seed."""
-    rows = []
-    for run in read("peers"):
-        of_these = run["what"].split("-")[0] in methods and run["seed"] == 0
-        if of_these and run["budget"] in ("one epoch", "equal seconds"):
-            rows.append([f"`{run['what']}`", *scores([run]), *costs([run])])
-    columns = ["what", "representation", "kNN", "seconds", "epochs", "patches seen", "steps"]
     return table(columns, rows)
 
 
@@ -315,16 +229,12 @@ TABLES = {
     "result": result,
     "laptop-tries": laptop_tries,
     "crops": crops,
-    "peers-one-epoch": peers_one_epoch,
-    "peers-equal-seconds": peers_equal_seconds,
-    "empssl-ablations": empssl_ablations,
-    "peers-ablations": peers_ablations,
     "ops": ops,
     "step": step,
     "official": official,
     "busy": busy,
     "precision": precision,
-}
+} | comparisons.TABLES
 START = r"<!-- ([\w-]+): generated by python -m study\.experiments\.tables -->\n"
 BETWEEN_MARKERS = re.compile(rf"({START})(.*?)(<!-- end of \2 -->)", re.DOTALL)
 

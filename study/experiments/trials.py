@@ -123,7 +123,7 @@ def make_all(table: str, trials: list[Trial], data, make=train_and_probe) -> Non
             metrics = make(trial, data)
         except FloatingPointError:
             metrics = {"linear_top1": 0.0, "knn_top1": 0.0, "diverged": True}
-        keep(table, about | {"name": trial.name, "features": "grid", "metrics": metrics})
+        keep(table, about | {"name": trial.name, "metrics": metrics})
         print(trial.name, trial.seed, metrics, flush=True)
 
 
