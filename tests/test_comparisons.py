@@ -83,8 +83,8 @@ def test_methods_stand_beside_empssl_seed_by_seed(speeds):
     keep("methods", "simclr-equal-seconds", (0.4, 0.5), about, **spent)
     keep("methods", "simclr-equal-epochs", (0.1, 0.2), about, **spent)
     ours, simclr = rows(comparisons.equal_seconds().splitlines())
-    assert (ours["method"], ours["over EMP-SSL"]) == ("EMP-SSL", "")
-    assert simclr["over EMP-SSL"] == "-15.0 ± 7.1" and simclr["steps"] == "30"
+    assert (ours["method"], ours["minus EMP-SSL"]) == ("EMP-SSL", "")
+    assert simclr["minus EMP-SSL"] == "-15.0 ± 7.1" and simclr["steps"] == "30"
     assert simclr["bag of patches"] == "0.450 ± 0.071"
     assert simclr["seconds, reckoned"] == "30"  # by the speeds, whatever the run itself took
     # Of EMP-SSL equal seconds and equal epochs are one training.

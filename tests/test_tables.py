@@ -153,7 +153,7 @@ def test_the_result_is_a_row_a_recipe_over_its_seeds(results):
     head, line, *rows = tables.result().splitlines()
     assert {row.count("|") for row in (head, line, *rows)} == {11}
     assert rows == [
-        "| photos | raw pixels |  |  |  |  |  | 0.300 ± 0.000 | 3 |  |",
+        "| photos | raw pixels |  |  |  |  |  | 0.300 |  |  |",
         "| photos | untrained encoder |  |  |  |  |  | 0.400 ± 0.000 | 3 |  |",
         "| photos | EMP-SSL | 2 | 600 | 900 | 0.600 ± 0.100 | 0.700 ± 0.000 |  | 3 | abacus |",
         "| photos | EMP-SSL, ResNet-18 | 2 | 20 | 20 | 0.800 |  |  | 1 | a GPU |",
@@ -199,7 +199,7 @@ def test_kmeans_stands_beside_with_the_seconds_of_all_that_it_does(results):
         records.keep("kmeans", run)
     *_, row = tables.result().splitlines()
     assert row == (
-        "| photos | k-means, 1,600 patches |  | 10 | 1,031 |  | 0.600 ± 0.141 |  | 2 "
+        "| photos | k-means, 1,600 centroids |  | 10 | 1,031 |  | 0.600 ± 0.141 |  | 2 "
         "| abacus, bf16 |"
     )
 

@@ -77,7 +77,7 @@ def methods_at_equal(budget: str) -> str:
                 len(runs),
             ]
         )
-    columns = ["method", "bag of patches", "over EMP-SSL", "kNN", "seconds, reckoned", "epochs"]
+    columns = ["method", "bag of patches", "minus EMP-SSL", "kNN", "seconds, reckoned", "epochs"]
     return table([*columns, "patches seen", "steps", "seeds"], rows)
 
 
@@ -112,7 +112,7 @@ def ten_minutes() -> str:
         reached = [seconds_to(wanted, curve) for wanted in ACCURACIES]
         spent = [f"{curve[-1][0]:,.0f}", first["epochs"]]
         rows.append([name, figures[0], behind, *figures[1:], *spent, *reached, len(runs)])
-    columns = ["method", "bag of patches", "over EMP-SSL", "quadrants", "kNN", "seconds, reckoned"]
+    columns = ["method", "bag of patches", "minus EMP-SSL", "quadrants", "kNN", "seconds, reckoned"]
     columns += ["epochs"]
     columns += [f"seconds to {wanted:.2f}" for wanted in ACCURACIES]
     return table([*columns, "seeds"], rows)

@@ -43,7 +43,7 @@ def draw_ten_minutes() -> None:
         return
     label_the_ends(axes, ends)
     axes.set_xlim(left=0)
-    axes.set_xlabel("seconds of training on two CPU cores")
+    axes.set_xlabel("seconds of training, reckoned for two CPU cores")
     title = """Linear probe of the bag of patches, test images
 lines: one seed; at their ends mean ± deviation over seeds"""
     finish(figure, axes, title, "peers.png")
