@@ -2,7 +2,7 @@
 
 import pytest
 
-from study.experiments import claims, comparisons, methods, records
+from study.experiments import claims, comparisons, methods, plot, records
 from study.experiments.cells import differences, points, steps
 
 
@@ -126,6 +126,16 @@ def test_twenty_patches_stand_once_in_both_comparisons():
         ("patches", "20", "both", "98", "0.38"),
         ("patches", "50", "ratio", "98", "0.50"),
     ]
+
+
+def test_numbers_of_patches_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
+    plot.draw_numbers_of_patches()
+    assert not list(tmp_path.glob("*.png"))
+    keep("patches", "reference", (0.6, 0.7))
+    keep("patches", "equal-images-2-equal-ratio", (0.4,))
+    plot.draw_numbers_of_patches()
+    assert (tmp_path / "numbers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_claim_has_its_pair_and_its_verdict():

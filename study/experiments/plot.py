@@ -71,6 +71,7 @@ def draw_numbers_of_patches() -> None:
     for axes, comparison in zip(panels, patches.COMPARISONS, strict=True):
         for how, colour in ways.items():
             found = {n: of_patches(comparison, n, how) for n in patches.NUMBERS}
+            found = {n: runs for n, runs in found.items() if runs}
             drawn = [(n, *mean_and_deviation(runs, "linear_top1")) for n, runs in found.items()]
             numbers, means, deviations = zip(*drawn, strict=True)
             deviations = [deviation or 0.0 for deviation in deviations]
