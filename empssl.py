@@ -947,25 +947,23 @@ def raw_pixels(images: Tensor) -> Tensor:
 def untrained_encoder(config: Config, images: Tensor) -> Encoder:
     """An encoder as if the learning rate had been 0: its BatchNorms have seen training patches."""
     encoder = new_encoder(config, images)
-    settle(encoder, images, config)
+    settle(encoder, images, training_augmentation(config, images.shape[2:]), config)
     return encoder
 
 
 @torch.no_grad()
-def settle(encoder: Encoder, images: Tensor, config: Config) -> None:
-    """Have the BatchNorms average anew what training's patches of these images give."""
+def settle(encoder: Encoder, images: Tensor, augmentation: Augmentation, config: Config) -> None:
+    """Have the BatchNorms average anew what patches of these images give."""
     encoder.train()
     for layer in encoder.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             layer.reset_running_stats()
             layer.momentum = None  # average all that it sees
     device = torch.device(config.device)
-    image_size = images.shape[2:]
-    augmentation = training_augmentation(config, image_size)
     for t in range(10):
         index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
         chance = generator(config.seed, "settled", t)
-        params = sample_patches(64, 4, image_size, augmentation, chance)
+        params = sample_patches(64, 4, images.shape[2:], augmentation, chance)
         encoder(extract_patches(images, index, params, config.patch_size, device=device))
 
 

@@ -145,8 +145,25 @@ def test_a_claim_has_its_pair_and_its_verdict():
     (row,) = rows(comparisons.claims_table().splitlines())
     assert "2303.01986" in row["paper"] and row["at equal"] == "epochs"
     assert row["points"] == "+0.1 ± 0.0" and row["seeds"] == "3"
-    assert row["here"] == "holds"  # it is less than a point behind
+    assert row["here"] == "holds" and row["asked"] == "over -1"
     assert claims.verdict([-3.0, -3.1, -2.9], -1.0) == "does not hold here"
+
+
+def test_the_runs_of_claims_say_what_they_are(monkeypatch):
+    """Images and changes, the chosen rate and those tried, and the seconds of both phases."""
+    monkeypatch.setattr(claims, "seconds_an_epoch", lambda name: 3.0)
+    settings = {"eval_only": False, "lr": 0.45, "epochs": 9}
+    keep("claims", "last-stage-added", (0.6, 0.7), settings)
+    for rate, lr in ((1, 0.45), (3, 1.35)):
+        keep("claims", f"search-last-stage-added-{rate}", (0.5,), {"rate": rate, "lr": lr})
+    keep("claims", "untrained", (0.3,), settings | {"eval_only": True})
+    untrained, added = rows(comparisons.claims_runs().splitlines())
+    assert untrained["epochs"] == untrained["rate"] == untrained["seconds, reckoned"] == ""
+    assert added["run"] == "`last-stage-added`" and added["images"] == "15,000"
+    assert "`without-last-stage`" in added["what is changed"]
+    assert added["rate"] == "0.45" and added["rates tried"] == "0.45 to 1.35"
+    assert added["seconds, reckoned"] == "57"  # 9 epochs, and 30 s of the first phase
+    assert added["bag of patches"] == "0.650 ± 0.071" and added["seeds"] == "2"
 
 
 def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():

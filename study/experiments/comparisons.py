@@ -183,12 +183,60 @@ def claims_table() -> str:
                 f"`{claim.second}` {accuracy(second)}",
                 claim.equal,
                 points(found),
+                f"over {claim.above:+.0f}" if claim.above else "over 0",
                 len(found),
                 claims.verdict(found, claim.above),
             ]
         )
-    columns = ["paper", "claim", "this", "beside", "at equal", "points", "seeds", "here"]
+    columns = ["paper", "claim", "this", "beside", "at equal", "points", "asked", "seeds", "here"]
     return table(columns, rows)
+
+
+def claims_runs() -> str:
+    """What the runs of the claims are: a row each."""
+    rows = []
+    for name, variant in claims.VARIANTS.items():
+        runs = named("claims", name)
+        if not runs:
+            continue
+        changed = [f"`{variant.changes}`"] if variant.changes else []
+        if variant.before:
+            changed.append(f"after `{variant.before}`")
+        rows.append(
+            [
+                f"`{name}`",
+                METHODS[variant.method],
+                ", ".join(changed),
+                f"{variant.images:,}",
+                "" if runs[0]["eval_only"] else runs[0]["epochs"],
+                seconds_of_run(name, runs[0]),
+                "" if runs[0]["eval_only"] else f"{runs[0]['lr']:.3g}",
+                rates_tried(name),
+                accuracy(runs),
+                accuracy(runs, "knn_top1"),
+                len(runs),
+            ]
+        )
+    columns = ["run", "method", "what is changed", "images", "epochs", "seconds, reckoned", "rate"]
+    return table([*columns, "rates tried", "bag of patches", "kNN", "seeds"], rows)
+
+
+def seconds_of_run(name: str, run: dict) -> str:
+    """Of both phases, where there are two; empty where the run has no seconds to keep to."""
+    variant = claims.VARIANTS[name]
+    if variant.seconds is None:
+        return ""
+    seconds = run["epochs"] * claims.seconds_an_epoch(name)
+    if variant.before:
+        seconds += claims.epochs_of(variant.before) * claims.seconds_an_epoch(variant.before)
+    return f"{seconds:.0f}"
+
+
+def rates_tried(name: str) -> str:
+    """From the lowest to the highest."""
+    start = f"search-{name}-"
+    tried = [r["lr"] for r in read("claims") if r["name"] == f"{start}{r.get('rate', 0):.3g}"]
+    return f"{min(tried):.3g} to {max(tried):.3g}" if tried else ""
 
 
 # ---- transfer ----
@@ -264,6 +312,7 @@ TABLES = {
     "ten-minutes": ten_minutes,
     "numbers-of-patches": numbers_of_patches,
     "claims": claims_table,
+    "claims-runs": claims_runs,
     "transfer": transfer_table,
     "network": network,
 }

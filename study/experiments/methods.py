@@ -28,8 +28,10 @@ from study.experiments.trials import (
     holdout,
     make_all,
     records_of,
+    top1,
     train,
     train_and_probe_bag,
+    widened,
 )
 
 HERE = "study.experiments.methods"
@@ -39,7 +41,6 @@ EPOCHS = 2  # of EMP-SSL
 
 RATES_OF_MUON = (0.05, 0.15, 0.45)
 FACTORS = (1 / 3, 1, 3)  # of the published rate
-MOST_RATES = 5
 FACTORS_OF_TEMPERATURE = (1 / 2, 2)  # of the published temperature
 SMALL_BATCH = 64
 
@@ -122,18 +123,8 @@ def rate_trials(method: str, optimizer: str, batch: int, data_dir: str = "") -> 
         name = f"search-{method}-{optimizer}-{batch}-{rate:.3g}"
         return Trial(name, changes, about={"chosen": chosen})
 
-    while True:
-        trials = [make_trial(rate) for rate in rates]
-        found = [trial.record("methods") for trial in trials]
-        if None in found or len(rates) == MOST_RATES:
-            return trials
-        best = found.index(max(found, key=top1))
-        if best == 0:
-            rates.insert(0, rates[0] / 3)
-        elif best == len(rates) - 1:
-            rates.append(rates[-1] * 3)
-        else:
-            return trials
+    rates = widened(rates, lambda rate: make_trial(rate).record("methods"))
+    return [make_trial(rate) for rate in rates]
 
 
 def temperature_trials(method: str, best: dict, data_dir: str = "") -> list[Trial]:
@@ -146,10 +137,6 @@ def temperature_trials(method: str, best: dict, data_dir: str = "") -> list[Tria
         name = f"{best['name']}-temperature-{factor * published:g}"
         trials.append(Trial(name, changes, about={"chosen": chosen}))
     return trials
-
-
-def top1(record: dict) -> float:
-    return record["metrics"]["linear_top1"]
 
 
 def next_tries(method: str, data_dir: str = "") -> list[Trial]:

@@ -6,6 +6,7 @@ It takes minutes, so one that was stopped begins again. Runs of hours are recipe
 import dataclasses
 import random
 import shlex
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import empssl
@@ -73,6 +74,35 @@ def fewer(data: Dataset, images: int) -> Dataset:
     return part._replace(test_images=data.test_images, test_labels=data.test_labels)
 
 
+# ---- rates ----
+
+MOST_RATES = 5
+
+
+def top1(record: dict) -> float:
+    return record["metrics"]["linear_top1"]
+
+
+def widened(rates: Sequence[float], record: Callable[[float], dict | None]) -> list[float]:
+    """`rates` and, while all are on record and the best lies at an end, one beyond it.
+
+    record: what is kept of a rate's trial.
+    """
+    rates = list(rates)
+    while len(rates) < MOST_RATES:
+        found = [record(rate) for rate in rates]
+        if None in found:
+            break
+        best = found.index(max(found, key=top1))
+        if best == 0:
+            rates.insert(0, rates[0] / 3)
+        elif best == len(rates) - 1:
+            rates.append(rates[-1] * 3)
+        else:
+            break
+    return rates
+
+
 # ---- what is done with them ----
 
 
@@ -97,10 +127,16 @@ def train_and_probe_bag(trial: Trial, data: Dataset) -> dict:
     return metrics | probe_bag(encoder, config, data)
 
 
-def probe_bag(encoder: empssl.Encoder, config: baselines.Config, data: Dataset) -> dict:
-    """By the bag of patches and kNN: half the seconds of the quadrants too."""
+def probe_bag(
+    encoder: empssl.Encoder, config: baselines.Config, data: Dataset, augmentation=None
+) -> dict:
+    """By the bag of patches and kNN: half the seconds of the quadrants too.
+
+    Of patches on a grid or, with an `augmentation`, drawn.
+    """
+    how = {"augmentation": augmentation, "precision": config.precision}
     h, test_h = (
-        empssl.embed(encoder, images, config.eval_patches, precision=config.precision)
+        empssl.embed(encoder, images, config.eval_patches, **how)
         for images in (data.train_images, data.test_images)
     )
     top1, _ = empssl.linear_probe(h, data.train_labels, test_h, data.test_labels)
