@@ -116,6 +116,8 @@ def test_twenty_patches_stand_once_in_both_comparisons():
     keep("patches", "equal-images-2-equal-cosine", (0.5,), about | {"lam": 300.4}, cosine=0.379)
     keep("patches", "equal-images-2-equal-ratio", (0.4,), about, cosine=0.1)
     keep("patches", "equal-patches-50-equal-ratio", (0.3,), about | {"batch": 20}, cosine=0.5)
+    for how in ("ratio", "cosine"):  # of one lambda: one row
+        keep("patches", f"equal-images-50-equal-{how}", (0.7,), about, cosine=0.38)
     keep("patches", "lambda-images-2-300", (0.9,), about, cosine=0.9)  # a try of lambda alone
     found = rows(comparisons.numbers_of_patches().splitlines())
     shown = [(r["equal"], r["patches"], r["lambda by"], r["lambda"], r["cosine"]) for r in found]
@@ -123,9 +125,12 @@ def test_twenty_patches_stand_once_in_both_comparisons():
         ("images", "2", "ratio", "98", "0.10"),
         ("images", "2", "cosine", "300", "0.38"),
         ("images", "20", "both", "98", "0.38"),
+        ("images", "50", "both", "98", "0.38"),
         ("patches", "20", "both", "98", "0.38"),
         ("patches", "50", "ratio", "98", "0.50"),
     ]
+    ahead = [r["minus 20 patches"] for r in found]
+    assert ahead == ["-20.0", "-10.0", "", "+10.0", "", "-30.0"]
 
 
 def test_numbers_of_patches_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):

@@ -33,11 +33,11 @@ def accuracy(records: list[dict], key: str = "linear_top1") -> str:
     return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
 
 
-def average(records: list[dict], key: str, unit: str = "") -> str:
-    """A mean to whole numbers; empty where a record lacks it."""
+def average(records: list[dict], key: str, form: str = ",.0f") -> str:
+    """A mean, to whole numbers unless `form` says else; empty where a record lacks it."""
     if not records or any(key not in record["metrics"] for record in records):
         return ""
-    return f"{mean_and_deviation(records, key)[0]:,.0f}{unit}"
+    return format(mean_and_deviation(records, key)[0], form)
 
 
 def extent(values: list[int]) -> str:

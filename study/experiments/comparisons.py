@@ -131,32 +131,24 @@ def seconds_to(wanted: float, curve: list[tuple[float, float]]) -> str:
 
 
 def numbers_of_patches() -> str:
-    """Two comparisons, each by both lambdas; 20 patches stand in all of them."""
+    """Two comparisons, by either lambda, in one row where both are the same."""
     rows = []
+    reference = named("patches", "reference")
     for comparison in patches.COMPARISONS:
         for n in patches.NUMBERS:
-            for how in ("equal ratio", "equal cosine"):
-                runs = of_patches(comparison, n, how)
-                if not runs or (n == patches.REFERENCE and how == "equal cosine"):
-                    continue
-                first = runs[0]
-                both = n == patches.REFERENCE
-                rows.append(
-                    [
-                        comparison,
-                        n,
-                        first["batch"],
-                        "both" if both else how.removeprefix("equal "),
-                        f"{first['lam']:.0f}",
-                        f"{sum(run['metrics']['cosine'] for run in runs) / len(runs):.2f}",
-                        accuracy(runs),
-                        accuracy(runs, "knn_top1"),
-                        average(runs, "patches_seen"),
-                        len(runs),
-                    ]
-                )
+            ways = {how: of_patches(comparison, n, how) for how in ("equal ratio", "equal cosine")}
+            ways = {how.removeprefix("equal "): runs for how, runs in ways.items() if runs}
+            if len(ways) == 2 and len({runs[0]["lam"] for runs in ways.values()}) == 1:
+                ways = {"both": ways["ratio"]}
+            for how, runs in ways.items():
+                settings = [comparison, n, runs[0]["batch"], how, f"{runs[0]['lam']:.0f}"]
+                ahead = points(differences(runs, reference)) if n != patches.REFERENCE else ""
+                figures = [accuracy(runs), ahead, accuracy(runs, "knn_top1")]
+                seen = average(runs, "patches_seen")
+                rows.append([*settings, average(runs, "cosine", ".2f"), *figures, seen, len(runs)])
     columns = ["equal", "patches", "images a batch", "lambda by", "lambda", "cosine"]
-    return table([*columns, "bag of patches", "kNN", "patches seen", "seeds"], rows)
+    columns += ["bag of patches", f"minus {patches.REFERENCE} patches"]
+    return table([*columns, "kNN", "patches seen", "seeds"], rows)
 
 
 def of_patches(comparison: str, n: int, how: str) -> list[dict]:
@@ -288,8 +280,8 @@ def network_cells(runs: list[dict]) -> list:
     alone = [run["metrics"] for run in runs if "other_work_on_the_machine" not in run]
     seconds = [metrics["train_seconds"] for metrics in alone if "train_seconds" in metrics]
     return [
-        average_of(runs, "R", ".1f"),
-        average_of(runs, "D", ".3f"),
+        average(runs, "R", ".1f"),
+        average(runs, "D", ".3f"),
         accuracy(runs),
         accuracy(runs, "quadrants_top1"),
         accuracy(runs, "knn_top1"),
@@ -297,12 +289,6 @@ def network_cells(runs: list[dict]) -> list:
         len(runs),
         "; ".join(processors(runs)),
     ]
-
-
-def average_of(runs: list[dict], key: str, form: str) -> str:
-    if any(key not in run["metrics"] for run in runs):
-        return ""
-    return format(sum(run["metrics"][key] for run in runs) / len(runs), form)
 
 
 TABLES = {
