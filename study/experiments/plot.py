@@ -81,8 +81,13 @@ def draw_numbers_of_patches() -> None:
         axes.set_xticks(patches.NUMBERS, patches.NUMBERS)
         axes.minorticks_off()
         axes.set_xlabel("patches an image")
-        axes.legend(frameon=False)
-        finish(figure, axes, f"Equal {comparison}: 300 steps", "numbers.png")
+        axes.legend(frameon=False, loc="lower center")
+        titles = {
+            "images": "At equal images: 50 a batch, 300 steps",
+            "patches": "At equal patches: 1,000 a batch, 300 steps",
+        }
+        panels[0].set_ylabel("linear probe, test images")
+        finish(figure, axes, titles[comparison], "numbers.png")
 
 
 def finish(figure, axes, title: str, name: str) -> None:
