@@ -172,14 +172,22 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
 
 
 def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
-    for method, value in (("empssl", 0.8), ("simclr", 0.7)):
-        about = {"method": method, "source": "data/photos:0-4", "target": "data/photos:5-9"}
-        keep("transfer", f"{method} there", (value, value), about | {"images": 15_000})
-    other = {"method": "empssl", "source": "a", "target": "b", "images": None}
-    keep("transfer", "another pair", (0.1,), other)
-    (row,) = rows(comparisons.transfer_table().splitlines())
+    there = {"source": "data/photos:0-4", "target": "data/photos:5-9", "images": 15_000}
+    back = {"source": "data/photos:5-9", "target": "data/photos:0-4", "images": 15_000}
+    of_empssl = {"method": "empssl", "eval_only": False}
+    keep("transfer", "EMP-SSL there", (0.8, 0.8), there | of_empssl)
+    keep("transfer", "SimCLR there", (0.7, 0.7), there | of_empssl | {"method": "simclr"})
+    keep("transfer", "untrained there", (0.4, 0.4), there | of_empssl | {"eval_only": True})
+    keep("transfer", "EMP-SSL back", (0.75,), back | of_empssl, source_linear_top1=0.9)
+    other = {"source": "a", "target": "b", "images": None}
+    keep("transfer", "another pair", (0.1,), other | of_empssl)
+    row, of_back = rows(comparisons.transfer_table().splitlines())
     assert (row["trained on"], row["probed on"]) == ("photos:0-4", "photos:5-9")
     assert row["EMP-SSL"] == "0.800 ± 0.000" and row["VICReg"] == "" and row["seeds"] == "2"
+    assert row["untrained"] == "0.400 ± 0.000"
+    # What the other way was trained on is what this way is probed on.
+    assert row["EMP-SSL trained on the latter"] == "0.900"
+    assert of_back["EMP-SSL trained on the latter"] == ""
 
 
 def test_the_network_has_a_row_for_each_epoch_that_was_probed():

@@ -311,6 +311,9 @@ def test_transfer_is_to_any_folder_and_to_some_classes(in_tmp, monkeypatch):
     monkeypatch.setattr(transfer, "train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(UsageError, match="plain has no labels"):
         transfer.make(trial, "data")
+    untrained = f"--preset laptop --device cpu --precision float32 {TINY} --eval-only"
+    metrics = transfer.make(make_trial("empssl", "shapes:0-4", "shapes:5-9", untrained, 0), "data")
+    assert set(metrics) >= {"linear_top1", "source_linear_top1"}
 
 
 def test_some_classes_are_their_images_numbered_from_0():
@@ -331,8 +334,10 @@ def test_the_table_of_transfer_has_each_method_at_its_best(monkeypatch):
     best = {"chosen": "--optimizer lars --lr 1.5", "epochs": 12}
     monkeypatch.setattr(transfer, "best_try", lambda method: best)
     found = transfer.of_the_table("photos", seeds=2)
-    assert len(found) == 2 * 4 * 3
+    assert len(found) == 2 * 4 * (3 + 1)
     settings = {t.name.partition(",")[0]: t.settings() for t in found}
+    untrained = [name for name, config in settings.items() if config.eval_only]
+    assert len(untrained) == 4 and all(name.startswith("untrained: ") for name in untrained)
     assert settings["simclr from photos:0-4 to photos:5-9"].lr == 1.5
     assert settings["simclr from shapes to photos"].epochs == 12
     assert settings["empssl from photos to shapes"].epochs == transfer.EPOCHS

@@ -235,15 +235,25 @@ def rates_tried(name: str) -> str:
 
 
 def transfer_table() -> str:
-    """A row for each pair of data sets, a column a method."""
+    """A row for each pair of data sets, a column a method.
+
+    Beside them the untrained encoder, and EMP-SSL where it was trained on what it is probed on: the
+    other way's own accuracy.
+    """
     rows = []
     of_the_table = [run for run in read("transfer") if run["images"]]
-    for (source, target), runs in pairs_of(of_the_table).items():
+    pairs = pairs_of([run for run in of_the_table if not run["eval_only"]])
+    untrained = pairs_of([run for run in of_the_table if run["eval_only"]])
+    for (source, target), runs in pairs.items():
         by_method = by_key(runs, "method")
-        cells = [accuracy(by_method.get(method, [])) for method in transfer.METHODS]
+        cells = [accuracy(untrained.get((source, target), []))]
+        cells += [accuracy(by_method.get(method, [])) for method in transfer.METHODS]
+        other_way = by_key(pairs.get((target, source), []), "method").get("empssl", [])
+        own = accuracy(other_way, "source_linear_top1")
         seeds = extent([len(found) for found in by_method.values()])
-        rows.append([source, target, *cells, seeds])
-    columns = ["trained on", "probed on", *(METHODS[method] for method in transfer.METHODS)]
+        rows.append([source, target, *cells, own, seeds])
+    names = [METHODS[method] for method in transfer.METHODS]
+    columns = ["trained on", "probed on", "untrained", *names, "EMP-SSL trained on the latter"]
     return table([*columns, "seeds"], rows)
 
 

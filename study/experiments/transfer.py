@@ -9,6 +9,7 @@ Records are kept in transfer.jsonl.
 
 import shlex
 
+import empssl
 from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
 from empssl_support.machine import keep_freed_memory
@@ -75,7 +76,11 @@ def make_trial(method: str, source: str, target: str, changes: str, seed: int, m
 
 
 def of_the_table(folder: str, seeds: int) -> list[Trial]:
-    """Each method as study.experiments.methods found it, for the epochs of equal seconds."""
+    """Each method as study.experiments.methods found it, for the epochs of equal seconds.
+
+    Beside them the encoder as it is before training.
+    """
+    preset = "--preset laptop --device cpu --augmentation light"
     trials = []
     for seed in range(seeds):
         for source, target in pairs(folder):
@@ -84,9 +89,10 @@ def of_the_table(folder: str, seeds: int) -> list[Trial]:
                 if method != "empssl":
                     best = best_try(method)
                     chosen, epochs = best["chosen"], best["epochs"]
-                changes = f"--preset laptop --device cpu --augmentation light {chosen}".strip()
-                changes += f" --epochs {epochs}"
+                changes = " ".join(f"{preset} {chosen} --epochs {epochs}".split())
                 trials.append(make_trial(method, source, target, changes, seed, IMAGES))
+            untrained = make_trial("empssl", source, target, f"{preset} --eval-only", seed, IMAGES)
+            trials.append(untrained._replace(name=f"untrained: {untrained.name}"))
     return trials
 
 
@@ -109,7 +115,10 @@ def make(trial: Trial, data_dir: str) -> dict:
             f"{trial.about['target']} has no labels to probe with; give --to a folder that has "
             f"train/<class>/ and test/<class>/."
         )
-    encoder, metrics = train(config, source)
+    if config.eval_only:
+        encoder, metrics = empssl.untrained_encoder(config, source.train_images), {}
+    else:
+        encoder, metrics = train(config, source)
     metrics |= probe_bag(encoder, config, target)
     if source.test_labels is not None:
         own = probe_bag(encoder, config, source)
