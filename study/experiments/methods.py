@@ -10,8 +10,8 @@ trainings may share the machine. Records are kept in methods.jsonl.
 
 A method is tried with its published optimizer and with Muon, then with the better of the two and
 batches of 64: three rates each, and one or two more where the best lies at an end. The best of all
-then has other temperatures, where the method has one. EMP-SSL is preset laptop, which was searched
-for on the same images: study.experiments.search.
+then has other temperatures, where the method has one, in the same way. EMP-SSL is preset laptop,
+which was searched for on the same images: study.experiments.search.
 """
 
 import shlex
@@ -41,7 +41,7 @@ EPOCHS = 2  # of EMP-SSL
 
 RATES_OF_MUON = (0.05, 0.15, 0.45)
 FACTORS = (1 / 3, 1, 3)  # of the published rate
-FACTORS_OF_TEMPERATURE = (1 / 2, 2)  # of the published temperature
+FACTORS_OF_TEMPERATURE = (1 / 2, 1, 2)  # of the published temperature
 SMALL_BATCH = 64
 
 
@@ -128,15 +128,24 @@ def rate_trials(method: str, optimizer: str, batch: int, data_dir: str = "") -> 
 
 
 def temperature_trials(method: str, best: dict, data_dir: str = "") -> list[Trial]:
-    """Other temperatures for the best of the rates' tries."""
+    """Other temperatures for the best of the rates' tries, which has the published one."""
     published = baselines.METHODS[method].get("temperature")
-    trials = []
-    for factor in FACTORS_OF_TEMPERATURE if published else ():
-        chosen = f"{best['chosen']} --temperature {factor * published:g}"
+    if not published:
+        return []
+
+    def make_trial(temperature: float) -> Trial:
+        chosen = f"{best['chosen']} --temperature {temperature:g}"
         changes = flags_of(method, data_dir, f"{chosen} --epochs {best['epochs']}")
-        name = f"{best['name']}-temperature-{factor * published:g}"
-        trials.append(Trial(name, changes, about={"chosen": chosen}))
-    return trials
+        return Trial(
+            f"{best['name']}-temperature-{temperature:g}", changes, about={"chosen": chosen}
+        )
+
+    def record(temperature: float) -> dict | None:
+        return best if temperature == published else make_trial(temperature).record("methods")
+
+    temperatures = [factor * published for factor in FACTORS_OF_TEMPERATURE]
+    wider = widened(temperatures, record, factor=2)
+    return [make_trial(temperature) for temperature in wider if temperature != published]
 
 
 def next_tries(method: str, data_dir: str = "") -> list[Trial]:
@@ -170,7 +179,7 @@ def best_try(method: str) -> dict:
 def comparisons(data_dir: str, seeds: int) -> list[Trial]:
     """At equal seconds and, but for EMP-SSL, where that is the same, at equal epochs.
 
-    The settings are those for equal seconds: nobody searched for three epochs.
+    The settings are those for equal seconds: nobody searched for two epochs.
     """
     trials = []
     for seed in range(seeds):

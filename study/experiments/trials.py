@@ -74,33 +74,35 @@ def fewer(data: Dataset, images: int) -> Dataset:
     return part._replace(test_images=data.test_images, test_labels=data.test_labels)
 
 
-# ---- rates ----
+# ---- what is tried ----
 
-MOST_RATES = 5
+MOST_TRIES = 5  # of a rate, or a temperature
 
 
 def top1(record: dict) -> float:
     return record["metrics"]["linear_top1"]
 
 
-def widened(rates: Sequence[float], record: Callable[[float], dict | None]) -> list[float]:
-    """`rates` and, while all are on record and the best lies at an end, one beyond it.
+def widened(
+    values: Sequence[float], record: Callable[[float], dict | None], factor: float = 3
+) -> list[float]:
+    """`values` and, while all are on record and the best lies at an end, one beyond it.
 
-    record: what is kept of a rate's trial.
+    Values rise; record: what is kept of a value's trial; factor: from the end to what is beyond.
     """
-    rates = list(rates)
-    while len(rates) < MOST_RATES:
-        found = [record(rate) for rate in rates]
+    values = list(values)
+    while len(values) < MOST_TRIES:
+        found = [record(value) for value in values]
         if None in found:
             break
         best = found.index(max(found, key=top1))
         if best == 0:
-            rates.insert(0, rates[0] / 3)
-        elif best == len(rates) - 1:
-            rates.append(rates[-1] * 3)
+            values.insert(0, values[0] / factor)
+        elif best == len(values) - 1:
+            values.append(values[-1] * factor)
         else:
             break
-    return rates
+    return values
 
 
 # ---- what is done with them ----
