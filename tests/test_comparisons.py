@@ -111,11 +111,13 @@ def test_seconds_to_an_accuracy_are_of_the_first_seed(speeds):
 
 
 def test_twenty_patches_stand_once_in_both_comparisons():
-    about = {"batch": 50, "lam": 98.0}
+    about = {"batch": 50, "lam": 98.0, "lr": 0.15}
     keep("patches", "reference", (0.6,), about, cosine=0.38)
     keep("patches", "equal-images-2-equal-cosine", (0.5,), about | {"lam": 300.4}, cosine=0.379)
     keep("patches", "equal-images-2-equal-ratio", (0.4,), about, cosine=0.1)
     keep("patches", "equal-patches-50-equal-ratio", (0.3,), about | {"batch": 20}, cosine=0.5)
+    slower = about | {"batch": 20, "lr": 0.05}
+    keep("patches", "equal-patches-50-another-rate", (0.2,), slower, cosine=0.5)
     for how in ("ratio", "cosine"):  # of one lambda: one row
         keep("patches", f"equal-images-50-equal-{how}", (0.7,), about, cosine=0.38)
     keep("patches", "lambda-images-2-300", (0.9,), about, cosine=0.9)  # a try of lambda alone
@@ -128,9 +130,11 @@ def test_twenty_patches_stand_once_in_both_comparisons():
         ("images", "50", "both", "98", "0.38"),
         ("patches", "20", "both", "98", "0.38"),
         ("patches", "50", "ratio", "98", "0.50"),
+        ("patches", "50", "cosine", "98", "0.50"),
     ]
+    assert [r["rate"] for r in found] == ["0.15"] * 6 + ["0.05"]
     ahead = [r["minus 20 patches"] for r in found]
-    assert ahead == ["-20.0", "-10.0", "", "+10.0", "", "-30.0"]
+    assert ahead == ["-20.0", "-10.0", "", "+10.0", "", "-30.0", "-40.0"]
 
 
 def test_numbers_of_patches_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):
@@ -175,19 +179,23 @@ def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
     there = {"source": "data/photos:0-4", "target": "data/photos:5-9", "images": 15_000}
     back = {"source": "data/photos:5-9", "target": "data/photos:0-4", "images": 15_000}
     of_empssl = {"method": "empssl", "eval_only": False}
+    untrained = {"method": "empssl", "eval_only": True}
     keep("transfer", "EMP-SSL there", (0.8, 0.8), there | of_empssl)
     keep("transfer", "SimCLR there", (0.7, 0.7), there | of_empssl | {"method": "simclr"})
-    keep("transfer", "untrained there", (0.4, 0.4), there | of_empssl | {"eval_only": True})
+    keep("transfer", "untrained there", (0.4, 0.4), there | untrained, raw_pixels_top1=0.3)
     keep("transfer", "EMP-SSL back", (0.75,), back | of_empssl, source_linear_top1=0.9)
     other = {"source": "a", "target": "b", "images": None}
     keep("transfer", "another pair", (0.1,), other | of_empssl)
-    row, of_back = rows(comparisons.transfer_table().splitlines())
-    assert (row["trained on"], row["probed on"]) == ("photos:0-4", "photos:5-9")
-    assert row["EMP-SSL"] == "0.800 ± 0.000" and row["VICReg"] == "" and row["seeds"] == "2"
-    assert row["untrained"] == "0.400 ± 0.000"
+    raw_pixels, untrained, empssl, simclr, back = rows(comparisons.transfer_table().splitlines())
+    for row in (untrained, empssl, simclr):
+        assert (row["trained on"], row["probed on"]) == ("photos:0-4", "photos:5-9")
+    assert raw_pixels["features"] == "raw pixels" and raw_pixels["bag of patches"] == "0.300"
+    assert untrained["bag of patches"] == "0.400 ± 0.000" and untrained["minus EMP-SSL"] == ""
+    assert empssl["bag of patches"] == "0.800 ± 0.000" and empssl["minus EMP-SSL"] == ""
+    assert simclr["minus EMP-SSL"] == "-10.0 ± 0.0" and simclr["seeds"] == "2"
     # What the other way was trained on is what this way is probed on.
-    assert row["EMP-SSL trained on the latter"] == "0.900"
-    assert of_back["EMP-SSL trained on the latter"] == ""
+    assert empssl["trained on the latter"] == "0.900" and simclr["trained on the latter"] == ""
+    assert back["trained on"] == "photos:5-9" and back["trained on the latter"] == ""
 
 
 def test_the_network_has_a_row_for_each_epoch_that_was_probed():

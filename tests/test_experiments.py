@@ -313,7 +313,7 @@ def test_transfer_is_to_any_folder_and_to_some_classes(in_tmp, monkeypatch):
         transfer.make(trial, "data")
     untrained = f"--preset laptop --device cpu --precision float32 {TINY} --eval-only"
     metrics = transfer.make(make_trial("empssl", "shapes:0-4", "shapes:5-9", untrained, 0), "data")
-    assert set(metrics) >= {"linear_top1", "source_linear_top1"}
+    assert set(metrics) >= {"linear_top1", "source_linear_top1", "raw_pixels_top1"}
 
 
 def test_some_classes_are_their_images_numbered_from_0():
@@ -342,6 +342,8 @@ def test_the_table_of_transfer_has_each_method_at_its_best(monkeypatch):
     assert settings["simclr from shapes to photos"].epochs == 12
     assert settings["empssl from photos to shapes"].epochs == transfer.EPOCHS
     assert settings["empssl from shapes to photos"].dataset == "shapes"
+    assert {c.augmentation for n, c in settings.items() if "from shapes" in n} == {"paper"}
+    assert {c.augmentation for n, c in settings.items() if "from photos" in n} == {"light"}
 
 
 # ---- tries for the preset ----

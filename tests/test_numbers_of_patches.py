@@ -93,7 +93,9 @@ def test_each_number_has_equal_steps_and_a_lambda_by_ratio_and_by_cosine(made):
     assert steps == {patches.STEPS}
     assert seen["patches"] == {1000}
     assert seen["images"] == {50 * n for n in patches.NUMBERS if n != 20}
-    assert len(made) == 2 * (1 + 2 * 2 * (len(patches.NUMBERS) - 1))
+    rates = {(t.about["n"], t.about["comparison"]) for t, c, _ in made if c.lr != 0.15}
+    assert rates == {(2, "patches"), (50, "patches")}
+    assert len(made) == 2 * (1 + 2 * 2 * (len(patches.NUMBERS) - 1) + len(rates))
     # What was made is left alone, and no other lambda is looked for.
     lines = len(records.read("patches"))
     patches.main(["--seeds", "2"])

@@ -10,7 +10,6 @@ from study.experiments.cells import (
     accuracy,
     average,
     differences,
-    extent,
     points,
     processors,
     steps,
@@ -136,17 +135,23 @@ def numbers_of_patches() -> str:
     reference = named("patches", "reference")
     for comparison in patches.COMPARISONS:
         for n in patches.NUMBERS:
-            ways = {how: of_patches(comparison, n, how) for how in ("equal ratio", "equal cosine")}
-            ways = {how.removeprefix("equal "): runs for how, runs in ways.items() if runs}
-            if len(ways) == 2 and len({runs[0]["lam"] for runs in ways.values()}) == 1:
-                ways = {"both": ways["ratio"]}
-            for how, runs in ways.items():
-                settings = [comparison, n, runs[0]["batch"], how, f"{runs[0]['lam']:.0f}"]
+            ratio, cosine = (
+                of_patches(comparison, n, f"equal {how}") for how in ("ratio", "cosine")
+            )
+            ways = [("ratio", ratio), ("cosine", cosine)]
+            if ratio and cosine and ratio[0]["lam"] == cosine[0]["lam"]:
+                ways = [("both", ratio)]
+            ways.append(("cosine", of_another_rate(comparison, n)))
+            for how, runs in ways:
+                if not runs:
+                    continue
+                first = runs[0]
+                settings = [comparison, n, first["batch"], how, first["lr"], f"{first['lam']:.0f}"]
                 ahead = points(differences(runs, reference)) if n != patches.REFERENCE else ""
                 figures = [accuracy(runs), ahead, accuracy(runs, "knn_top1")]
                 seen = average(runs, "patches_seen")
                 rows.append([*settings, average(runs, "cosine", ".2f"), *figures, seen, len(runs)])
-    columns = ["equal", "patches", "images a batch", "lambda by", "lambda", "cosine"]
+    columns = ["equal", "patches", "images a batch", "lambda by", "rate", "lambda", "cosine"]
     columns += ["bag of patches", f"minus {patches.REFERENCE} patches"]
     return table([*columns, "kNN", "patches seen", "seeds"], rows)
 
@@ -154,7 +159,11 @@ def numbers_of_patches() -> str:
 def of_patches(comparison: str, n: int, how: str) -> list[dict]:
     if n == patches.REFERENCE:
         return named("patches", "reference")
-    return named("patches", f"equal-{comparison}-{n}-{how.replace(' ', '-')}")
+    return named("patches", patches.name_of(comparison, n, how))
+
+
+def of_another_rate(comparison: str, n: int) -> list[dict]:
+    return named("patches", patches.name_of(comparison, n, patches.ANOTHER_RATE))
 
 
 # ---- claims ----
@@ -235,26 +244,35 @@ def rates_tried(name: str) -> str:
 
 
 def transfer_table() -> str:
-    """A row for each pair of data sets, a column a method.
+    """Of each pair of data sets the raw pixels, the untrained encoder, then a row a method.
 
-    Beside them the untrained encoder, and EMP-SSL where it was trained on what it is probed on: the
-    other way's own accuracy.
+    At its end a method's accuracy where it was trained on what is probed: the other way's own.
     """
-    rows = []
     of_the_table = [run for run in read("transfer") if run["images"]]
     pairs = pairs_of([run for run in of_the_table if not run["eval_only"]])
     untrained = pairs_of([run for run in of_the_table if run["eval_only"]])
+    rows = []
     for (source, target), runs in pairs.items():
+        before = untrained.get((source, target), [])
+        if raw_pixels := accuracy(before[:1], "raw_pixels_top1"):  # no seed changes pixels
+            rows.append(["", target, "raw pixels", raw_pixels, "", "", "", ""])
+        if before:
+            rows.append([source, target, "untrained", *transfer_cells(before, [], [])])
         by_method = by_key(runs, "method")
-        cells = [accuracy(untrained.get((source, target), []))]
-        cells += [accuracy(by_method.get(method, [])) for method in transfer.METHODS]
-        other_way = by_key(pairs.get((target, source), []), "method").get("empssl", [])
-        own = accuracy(other_way, "source_linear_top1")
-        seeds = extent([len(found) for found in by_method.values()])
-        rows.append([source, target, *cells, own, seeds])
-    names = [METHODS[method] for method in transfer.METHODS]
-    columns = ["trained on", "probed on", "untrained", *names, "EMP-SSL trained on the latter"]
-    return table([*columns, "seeds"], rows)
+        back = by_key(pairs.get((target, source), []), "method")
+        for method in transfer.METHODS:
+            if found := by_method.get(method):
+                ours = by_method.get("empssl", []) if method != "empssl" else []
+                cells = transfer_cells(found, ours, back.get(method, []))
+                rows.append([source, target, METHODS[method], *cells])
+    columns = ["trained on", "probed on", "features", "bag of patches", "minus EMP-SSL", "kNN"]
+    return table([*columns, "trained on the latter", "seeds"], rows)
+
+
+def transfer_cells(runs: list[dict], ours: list[dict], back: list[dict]) -> list:
+    own = accuracy(back, "source_linear_top1")
+    ahead = points(differences(runs, ours))
+    return [accuracy(runs), ahead, accuracy(runs, "knn_top1"), own, len(runs)]
 
 
 def pairs_of(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:

@@ -5,7 +5,7 @@
 All training images, each method with the settings that study.experiments.methods found for it, for
 as many epochs as take the seconds of preset laptop's ten minutes, by the speeds measured there. The
 first seed is probed after about a quarter, a half and three quarters of its epochs too, while its
-learning rate has yet to fall: so it has less there than a training of that length would end with.
+learning rate has yet to fall: a training of that length may end elsewhere.
 Records are kept in minutes.jsonl.
 """
 

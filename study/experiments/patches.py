@@ -8,7 +8,8 @@ n = 2, 5, 10, 20 and 50 patches, 300 steps each, in two comparisons, three seeds
 How strongly lambda pulls depends on n, so each is made twice: with lambda = R_max, about the
 paper's ratio, and with the lambda that brings the mean cosine between two patches of an image, c,
 to where it is for n = 20. That lambda is searched for in runs of the same kind with another seed.
-Records are kept in patches.jsonl.
+The learning rate is preset laptop's, found with 50 images a batch; the largest and the smallest
+batch are made with another one too. Records are kept in patches.jsonl.
 """
 
 import copy
@@ -34,6 +35,8 @@ DIM = 512
 SEED_OF_SEARCH = 100
 NEAR_ENOUGH = 0.015  # of c
 MOST_TRIES = 5
+ANOTHER_RATE = "another rate"
+OTHER_RATES = {2: 0.45, 50: 0.05}  # of n patches at equal patches, by equal cosine
 
 
 def highest_rate(b: int, d: int = DIM, eps2: float = 0.2) -> float:
@@ -71,12 +74,18 @@ def pairwise_cosine(encoder: empssl.Encoder, config: empssl.Config, data: Datase
 # ---- trials ----
 
 
-def make_trial(name: str, data_dir: str, n: int, b: int, lam: float, seed: int, **about) -> Trial:
+def make_trial(
+    name: str, data_dir: str, n: int, b: int, lam: float, seed: int, lr: float = 0.15, **about
+) -> Trial:
     """`STEPS` steps, on at most `IMAGES` images."""
     images = min(IMAGES, b * STEPS)
-    changes = f"--patches {n} --batch {b} --lam {lam:.4g}"
+    changes = f"--patches {n} --batch {b} --lam {lam:.4g} --lr {lr}"
     changes += f" --subset {images} --epochs {b * STEPS // images}"
     return Trial(name, flags_of("empssl", data_dir, changes), seed, about | {"n": n})
+
+
+def name_of(comparison: str, n: int, how: str) -> str:
+    return f"equal-{comparison}-{n}-{how.replace(' ', '-')}"
 
 
 def train_for_cosine(trial: Trial, data: Dataset) -> dict:
@@ -161,15 +170,22 @@ def comparisons(data_dir: str, seeds: int) -> list[Trial]:
         trials.append(ours)
         for comparison in COMPARISONS:
             for n in NUMBERS:
-                if n == REFERENCE:
-                    continue
-                b = images_a_batch(comparison, n)
-                equal_cosine, _ = closest(tries_of_lambda(comparison, n), wanted_cosine())
-                lambdas = {"equal ratio": highest_rate(b), "equal cosine": equal_cosine}
-                for how, lam in lambdas.items():
-                    name = f"equal-{comparison}-{n}-{how.replace(' ', '-')}"
-                    about = {"comparison": comparison, "lambda_by": how}
-                    trials.append(make_trial(name, data_dir, n, b, lam, seed, **about))
+                if n != REFERENCE:
+                    trials += of_number(comparison, n, data_dir, seed)
+    return trials
+
+
+def of_number(comparison: str, n: int, data_dir: str, seed: int) -> list[Trial]:
+    b = images_a_batch(comparison, n)
+    equal_cosine, _ = closest(tries_of_lambda(comparison, n), wanted_cosine())
+    ways = {"equal ratio": (highest_rate(b), 0.15), "equal cosine": (equal_cosine, 0.15)}
+    if comparison == "patches" and n in OTHER_RATES:
+        ways[ANOTHER_RATE] = equal_cosine, OTHER_RATES[n]
+    trials = []
+    for how, (lam, lr) in ways.items():
+        about = {"comparison": comparison, "lambda_by": how}
+        name = name_of(comparison, n, how)
+        trials.append(make_trial(name, data_dir, n, b, lam, seed, lr, **about))
     return trials
 
 

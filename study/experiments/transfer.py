@@ -78,12 +78,14 @@ def make_trial(method: str, source: str, target: str, changes: str, seed: int, m
 def of_the_table(folder: str, seeds: int) -> list[Trial]:
     """Each method as study.experiments.methods found it, for the epochs of equal seconds.
 
-    Beside them the encoder as it is before training.
+    Beside them the untrained encoder, whose BatchNorms have seen the source's patches. `shapes` is
+    recoloured as reproduce.sh does it: lightly recoloured, its colours would name an image.
     """
-    preset = "--preset laptop --device cpu --augmentation light"
     trials = []
     for seed in range(seeds):
         for source, target in pairs(folder):
+            colours = "paper" if source == "shapes" else "light"
+            preset = f"--preset laptop --device cpu --augmentation {colours}"
             for method in METHODS:
                 chosen, epochs = "", EPOCHS
                 if method != "empssl":
@@ -99,7 +101,8 @@ def of_the_table(folder: str, seeds: int) -> list[Trial]:
 def make(trial: Trial, data_dir: str) -> dict:
     """The accuracy on the target's test images, and on the source's own where it has labels.
 
-    Raises `UsageError` for a target without labels.
+    With an untrained encoder also that of the target's raw pixels, by a linear probe. Raises
+    `UsageError` for a target without labels.
     """
     config, most = trial.settings(), trial.about["images"]
 
@@ -116,7 +119,9 @@ def make(trial: Trial, data_dir: str) -> dict:
             f"train/<class>/ and test/<class>/."
         )
     if config.eval_only:
-        encoder, metrics = empssl.untrained_encoder(config, source.train_images), {}
+        encoder = empssl.untrained_encoder(config, source.train_images)
+        raw_pixels, _ = empssl.probe_pixels(target, empssl.linear_probe)
+        metrics = {"raw_pixels_top1": raw_pixels}
     else:
         encoder, metrics = train(config, source)
     metrics |= probe_bag(encoder, config, target)
