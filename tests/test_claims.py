@@ -167,6 +167,27 @@ def test_the_last_stage_is_trained_upon_what_was_trained_without_it(monkeypatch)
     assert 0 <= metrics["linear_top1"] <= 1
 
 
+def test_rates_are_scored_on_training_images_that_nothing_was_trained_on(monkeypatch):
+    """A part of the images trains, the labels of `IMAGES` probe, and neither is scored."""
+    data = load_dataset("shapes")
+    monkeypatch.setattr(claims, "IMAGES", 40)
+    trained, probed = [], []
+    monkeypatch.setattr(claims, "trained", lambda trial, part: (trained.append(part), {}))
+    monkeypatch.setattr(claims, "probe_bag", lambda e, c, part, _: probed.append(part) or {})
+    about = {"images": 20, "settled": False, "whole": False}
+    claims.score_on_held_out(claims.Trial("a", SMALL, 0, about), data)
+    (part,), (with_labels,) = trained, probed
+
+    def among(images, others):
+        kept = {image.numpy().tobytes() for image in others}
+        return [image.numpy().tobytes() in kept for image in images]
+
+    assert len(part.train_images) == 20 and len(with_labels.train_images) == 40
+    assert all(among(part.train_images, with_labels.train_images))
+    assert all(among(with_labels.test_images, data.train_images))
+    assert not any(among(with_labels.test_images, with_labels.train_images))
+
+
 def test_an_untrained_encoder_is_probed_without_training(monkeypatch):
     data = load_dataset("shapes", subset=300)
     monkeypatch.setattr(claims, "IMAGES", 40)
