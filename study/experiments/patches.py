@@ -36,6 +36,7 @@ SEED_OF_SEARCH = 100
 NEAR_ENOUGH = 0.015  # of c
 MOST_TRIES = 5
 ANOTHER_RATE = "another rate"
+RATE = empssl.PRESETS["laptop"]["lr"]
 OTHER_RATES = {2: 0.45, 50: 0.05}  # of n patches at equal patches, by equal cosine
 
 
@@ -75,7 +76,7 @@ def pairwise_cosine(encoder: empssl.Encoder, config: empssl.Config, data: Datase
 
 
 def make_trial(
-    name: str, data_dir: str, n: int, b: int, lam: float, seed: int, lr: float = 0.15, **about
+    name: str, data_dir: str, n: int, b: int, lam: float, seed: int, lr: float = RATE, **about
 ) -> Trial:
     """`STEPS` steps, on at most `IMAGES` images."""
     images = min(IMAGES, b * STEPS)
@@ -178,7 +179,7 @@ def comparisons(data_dir: str, seeds: int) -> list[Trial]:
 def of_number(comparison: str, n: int, data_dir: str, seed: int) -> list[Trial]:
     b = images_a_batch(comparison, n)
     equal_cosine, _ = closest(tries_of_lambda(comparison, n), wanted_cosine())
-    ways = {"equal ratio": (highest_rate(b), 0.15), "equal cosine": (equal_cosine, 0.15)}
+    ways = {"equal ratio": (highest_rate(b), RATE), "equal cosine": (equal_cosine, RATE)}
     if comparison == "patches" and n in OTHER_RATES:
         ways[ANOTHER_RATE] = equal_cosine, OTHER_RATES[n]
     trials = []

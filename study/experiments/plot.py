@@ -83,7 +83,7 @@ def draw_numbers_of_patches() -> None:
         axes.set_xlabel("patches an image")
         axes.legend(frameon=False, loc="lower center")
         titles = {
-            "images": "At equal images: 50 a batch, 300 steps\nmean ± deviation over three seeds",
+            "images": "At equal images: 50 a batch, 300 steps\nmean ± deviation over seeds",
             "patches": "At equal patches: 1,000 a batch, 300 steps",
         }
         panels[0].set_ylabel("linear probe, test images")
