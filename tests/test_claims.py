@@ -114,6 +114,17 @@ def test_what_comes_first_is_said(searched):
     assert claims.best_rate("simclr") == 1
 
 
+def test_speeds_are_of_any_rate_and_temperature(made, monkeypatch):
+    claims.main(["speed"])
+    other = {"chosen": "--optimizer muon --eta 0.005 --batch 128 --lr 0.7 --temperature 0.3"}
+    best = claims.best_try("simclr") | other
+    monkeypatch.setattr(claims, "best_try", lambda method: best)
+    assert claims.epochs_of("few-simclr") == 22
+    best["chosen"] = best["chosen"].replace("128", "64")
+    with pytest.raises(UsageError, match="claims speed first"):
+        claims.epochs_of("few-simclr")
+
+
 def test_differences_are_of_pairs_of_one_seed_in_points(searched):
     for name, accuracies in (("a", (0.5, 0.6, 0.7)), ("b", (0.4, 0.55))):
         for seed, top1 in enumerate(accuracies):

@@ -42,6 +42,14 @@ def test_differences_are_of_pairs_of_one_seed_in_points():
     assert points([]) == ""
 
 
+def test_runs_of_different_precision_are_no_pair():
+    keep("methods", "a", (0.5, 0.7), {"precision": "bf16"})
+    keep("methods", "b", (0.4, 0.5), {"precision": "float32"})
+    keep("methods", "b", (0.3,), {"precision": "bf16"})
+    a, b = (records.named("methods", name) for name in "ab")
+    assert differences(a, b) == pytest.approx([20])
+
+
 def test_steps_are_the_patches_seen_over_those_of_a_batch():
     keep("methods", "a", (0.5,), {"patches": 2, "batch": 10}, patches_seen=600)
     keep("methods", "b", (0.5,), {"patches": 2, "batch": 10}, patches_seen=800)

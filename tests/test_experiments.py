@@ -85,6 +85,7 @@ def test_a_recipe_is_its_settings_with_the_presets_of_today(method, monkeypatch)
     if "supervised" in method:
         stored["dim"] = 10  # a supervised run stores its number of classes
     assert recipe.is_of(stored | {"name": "other", "data_dir": "elsewhere", "force": True})
+    assert all(recipe.is_of(stored | {"precision": p}) for p in ("bf16", "float32"))
     assert not recipe._replace(seed=1).is_of(stored)
     assert not recipe._replace(flags=recipe.flags + " --lr 0.123").is_of(stored)
     assert not recipe.is_of(stored | {"eval_augmentation": "maps"})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import empssl
+from empssl_support import settings
 from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import load_dataset
 from study import baselines
@@ -146,6 +147,19 @@ def test_a_trial_is_made_again_where_its_settings_are_others(data):
         assert other.record("demo") is None
         trials.make_all("demo", [other], data, lambda *_: made.append(1) or {})
     assert len(made) == 4
+
+
+def test_a_table_goes_on_on_a_machine_of_another_precision(data, monkeypatch):
+    trial = trials.Trial("a", methods.flags_of("simclr", "photos"), whatever=("lr",))
+    made = []
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(settings, "cpu_multiplies_bf16", lambda has=has_bf16: has)
+        trials.make_all("demo", [trial], data, lambda *_: made.append(1) or {})
+        # A rate that is nothing to what is measured.
+        other = trial._replace(flags=f"{trial.flags} --lr 0.123")
+        assert other.record("demo")["precision"] == "bf16"
+    assert len(made) == 1
+    assert other._replace(whatever=()).record("demo") is None
 
 
 def test_a_trial_that_diverges_is_a_miss_and_no_end(data, monkeypatch):

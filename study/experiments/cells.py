@@ -54,10 +54,14 @@ def steps(records: list[dict]) -> str:
 
 
 def differences(firsts: list[dict], seconds: list[dict], key: str = "linear_top1") -> list[float]:
-    """First minus second, in points (of 100), of each seed that both have."""
-    of_second = {r["seed"]: r["metrics"][key] for r in seconds if key in r["metrics"]}
-    pairs = [(r["metrics"][key], of_second[r["seed"]]) for r in firsts if r["seed"] in of_second]
-    return [100 * (first - second) for first, second in pairs]
+    """First minus second, in points (of 100), of each seed that both have in one precision."""
+
+    def scores(runs: list[dict]) -> dict:
+        kept = [run for run in runs if key in run["metrics"]]
+        return {(run["seed"], run.get("precision")): run["metrics"][key] for run in kept}
+
+    first, second = scores(firsts), scores(seconds)
+    return [100 * (first[run] - second[run]) for run in first if run in second]
 
 
 def points(found: list[float]) -> str:

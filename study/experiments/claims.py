@@ -192,12 +192,16 @@ def settings_before(variant: Variant) -> str | None:
 
 
 def speed_trial(name: str, data_dir: str = "") -> Trial:
-    """Two epochs on many images, ten on few: there the first step counts for less."""
+    """Two epochs on many images, ten on few: there the first step counts for less.
+
+    Which rate and temperature the search has found takes no time.
+    """
     variant = VARIANTS[name]
     epochs = 2 if variant.images == IMAGES else 10
     before = settings_of(VARIANTS[variant.before], 1, "") if variant.before else None
     settings = settings_of(variant, epochs, data_dir)
-    return Trial(f"speed-{name}", settings, about=about(variant, before))
+    said, whatever = about(variant, before), ("lr", "temperature")
+    return Trial(f"speed-{name}", settings, about=said, whatever=whatever)
 
 
 def seconds_an_epoch(name: str) -> float:

@@ -54,9 +54,14 @@ class Recipe(NamedTuple):
         return read_settings(empssl.Config, empssl.PRESETS, arguments, "")
 
     def is_of(self, stored: dict) -> bool:
-        """Whether a stored run is of this recipe. What is None is the data set's to say."""
+        """Whether a stored run is of this recipe, on a machine of any precision.
+
+        What is None is the data set's to say.
+        """
         ours = vars(self.settings())
-        ignored = {"name", "force", "data_dir", "epochs" if ours["eval_only"] else ""}
+        ignored = {"name", "force", "data_dir", "precision"}
+        if ours["eval_only"]:
+            ignored.add("epochs")
         if ours.get("method") == "supervised":
             ignored.add("dim")  # as many as there are classes
         return all(ours[k] in (None, stored.get(k)) for k in ours.keys() - ignored)

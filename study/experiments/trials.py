@@ -24,14 +24,20 @@ class Trial(NamedTuple):
     flags: str  # of study.baselines, --method among them
     seed: int = 0
     about: dict = {}  # what else its record says
+    whatever: tuple[str, ...] = ()  # settings that are nothing to what is measured
 
     def settings(self) -> baselines.Config:
         return baselines.settings(shlex.split(f"{self.flags} --seed {self.seed}"))
 
     def record(self, table: str) -> dict | None:
-        """What is kept of it, if that is of the same settings, wherever the data lie."""
+        """What is kept of it, if that is of the same settings.
+
+        Where the data lie and how precisely this machine multiplies are none of them: a table goes
+        on, and is written, on any machine. The record says which precision it had.
+        """
         ours = dataclasses.asdict(self.settings()) | self.about
-        del ours["data_dir"], ours["name"]
+        for key in ("data_dir", "name", "precision", *self.whatever):
+            del ours[key]
         for record in read(table):
             same = (record["name"], record["seed"]) == (self.name, self.seed)
             if same and all(record.get(key, value) == value for key, value in ours.items()):
