@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import signal
 import sys
@@ -48,6 +49,12 @@ def flag_name(field: str) -> str:
 
 def parse_flags(kind: type, argv: list[str] | None, description: str) -> dict:
     """What was typed, by field of the dataclass `kind`; what was not typed is absent."""
+    return vars(parser_of(kind, description).parse_args(argv))
+
+
+@functools.cache
+def parser_of(kind: type, description: str) -> argparse.ArgumentParser:
+    """Made once: the tables of study/ read the settings of hundreds of runs."""
     parser = argparse.ArgumentParser(
         description=description,
         argument_default=argparse.SUPPRESS,
@@ -62,7 +69,7 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> dict:
         else:
             how = {"type": field.type, "choices": field.metadata["choices"]}
         parser.add_argument(flag_name(field.name), help=help, **how)
-    return vars(parser.parse_args(argv))
+    return parser
 
 
 # ---- signals ----

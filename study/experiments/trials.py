@@ -35,14 +35,16 @@ class Trial(NamedTuple):
         Where the data lie and how precisely this machine multiplies are none of them: a table goes
         on, and is written, on any machine. The record says which precision it had.
         """
+        for record in read(table):
+            if (record["name"], record["seed"]) == (self.name, self.seed):
+                return record if self.is_of(record) else None
+        return None
+
+    def is_of(self, record: dict) -> bool:
         ours = dataclasses.asdict(self.settings()) | self.about
         for key in ("data_dir", "name", "precision", *self.whatever):
             del ours[key]
-        for record in read(table):
-            same = (record["name"], record["seed"]) == (self.name, self.seed)
-            if same and all(record.get(key, value) == value for key, value in ours.items()):
-                return record
-        return None
+        return all(record.get(key, value) == value for key, value in ours.items())
 
 
 # ---- the images ----
