@@ -169,7 +169,8 @@ def test_a_claim_has_its_pair_and_its_verdict():
 def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     """Images and changes, the chosen rate and those tried, and the seconds of both phases."""
     monkeypatch.setattr(claims, "seconds_an_epoch", lambda name: 3.0)
-    settings = {"eval_only": False, "lr": 0.45, "epochs": 9}
+    cpu = "cpu (AMD EPYC, 2 threads, AVX2)"
+    settings = {"eval_only": False, "lr": 0.45, "epochs": 9, "hardware": cpu}
     keep("claims", "last-stage-added", (0.6, 0.7), settings)
     for rate, lr in ((1, 0.45), (3, 1.35)):
         keep("claims", f"search-last-stage-added-{rate}", (0.5,), {"rate": rate, "lr": lr})
@@ -181,6 +182,7 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     assert added["rate"] == "0.45" and added["rates tried"] == "0.45 to 1.35"
     assert added["seconds, reckoned"] == "57"  # 9 epochs, and 30 s of the first phase
     assert added["bag of patches"] == "0.650 ± 0.071" and added["seeds"] == "2"
+    assert added["on"] == "AMD EPYC"
 
 
 def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():

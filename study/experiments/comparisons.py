@@ -216,10 +216,11 @@ def claims_runs() -> str:
                 accuracy(runs),
                 accuracy(runs, "knn_top1"),
                 len(runs),
+                "; ".join(processors(runs)),
             ]
         )
     columns = ["run", "method", "what is changed", "images", "epochs", "seconds, reckoned", "rate"]
-    return table([*columns, "rates tried", "bag of patches", "kNN", "seeds"], rows)
+    return table([*columns, "rates tried", "bag of patches", "kNN", "seeds", "on"], rows)
 
 
 def seconds_of_run(name: str, run: dict) -> str:
