@@ -60,7 +60,7 @@ def test_variants_have_the_seconds_epochs_or_steps_that_they_are_given(made):
         name: sorted({c.lr for t, c in made if t.name.startswith(f"search-{name}-")})
         for name in ("noise-1", "batch-64")
     }
-    assert rates_of["noise-1"] == [0.00494, 0.0148, 0.0444, 0.133, 0.4, 1.2]
+    assert rates_of["noise-1"] == [0.000549, 0.00165, 0.00494, 0.0148, 0.0444, 0.133, 0.4, 1.2]
     assert [lr for lr in rates_of["batch-64"] if lr < 4] == [0.0444, 0.133, 0.4, 1.2, 3.6][:5]
     # The second phase is tried and compared on top of the best of the first.
     phases = {t.about["before"] for t, _ in made if "last-stage-added" in t.name}

@@ -56,7 +56,7 @@ class Variant(NamedTuple):
 
 AROUND = (1 / 3, 1, 3)
 # Of noise, whose first tries were the better the lower the rate.
-DOWN = (1 / 81, 1 / 27, 1 / 9, 1 / 3, 1, 3)
+DOWN = (1 / 729, 1 / 243, 1 / 81, 1 / 27, 1 / 9, 1 / 3, 1, 3)
 FEW = {"images": 2_000, "seconds": 45.0, "rates": AROUND}
 SMALL = {"changes": "--drop-last-stage", "images": 5_000, "seconds": 45.0, "rates": AROUND}
 BANK = {"images": 5_000, "epochs": 100, "rates": AROUND}
