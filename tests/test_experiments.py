@@ -288,12 +288,18 @@ def test_the_papers_network_is_seen_after_one_epoch_and_two(stand_in, monkeypatc
 
 def test_transfer_is_to_any_folder_and_to_some_classes(in_tmp, monkeypatch):
     folder = labelled_images(in_tmp / "my photos", each=30)
-    make_trial = transfer.make_trial
+    shapes = load_dataset("shapes", subset=500)
+    some = {key: getattr(shapes, key)[::5] for key in ("test_images", "test_labels")}
+    make, make_trial = transfer.make, transfer.make_trial
+
+    def load(name, place):
+        return shapes._replace(**some) if name == "shapes" else load_dataset(name, place)
 
     def tiny(method, source, target, changes, seed, most=None):
         changes = f"--preset laptop --device cpu --precision float32 {TINY} {changes}"
         return make_trial(method, source, target, changes, seed, most)
 
+    monkeypatch.setattr(transfer, "load_dataset", load)
     monkeypatch.setattr(transfer, "make_trial", tiny)
     transfer.main(["--from", str(folder), "--to", "shapes", "--seeds", "1"])
     transfer.main(["--from", "shapes:0-4", "--to", "shapes:5-9", "--seeds", "1"])
@@ -308,12 +314,11 @@ def test_transfer_is_to_any_folder_and_to_some_classes(in_tmp, monkeypatch):
     # Without labels there is nothing to probe with, and nothing is trained.
     plain_folder(in_tmp / "plain", 60)
     trial = make_trial("empssl", "shapes", str(in_tmp / "plain"), TINY, 0)
-    monkeypatch.undo()
     monkeypatch.setattr(transfer, "train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(UsageError, match="plain has no labels"):
-        transfer.make(trial, "data")
+        make(trial, "data")
     untrained = f"--preset laptop --device cpu --precision float32 {TINY} --eval-only"
-    metrics = transfer.make(make_trial("empssl", "shapes:0-4", "shapes:5-9", untrained, 0), "data")
+    metrics = make(make_trial("empssl", "shapes:0-4", "shapes:5-9", untrained, 0), "data")
     assert set(metrics) >= {"linear_top1", "source_linear_top1", "raw_pixels_top1"}
 
 
