@@ -54,11 +54,15 @@ def steps(records: list[dict]) -> str:
 
 
 def differences(firsts: list[dict], seconds: list[dict], key: str = "linear_top1") -> list[float]:
-    """First minus second, in points (of 100), of each seed that both have in one precision."""
+    """First minus second, in points (of 100), of each seed that both have on one kind of device.
+
+    That is, in one precision too.
+    """
 
     def scores(runs: list[dict]) -> dict:
         kept = [run for run in runs if key in run["metrics"]]
-        return {(run["seed"], run.get("precision")): run["metrics"][key] for run in kept}
+        where = ("seed", "device", "precision")
+        return {tuple(run.get(what) for what in where): run["metrics"][key] for run in kept}
 
     first, second = scores(firsts), scores(seconds)
     return [100 * (first[run] - second[run]) for run in first if run in second]

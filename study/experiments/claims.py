@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import empssl
 from empssl_support.cli import one_sentence
-from empssl_support.data import Dataset, load_dataset
+from empssl_support.data import Dataset, load_dataset, to_device
 from empssl_support.files import save_encoder
 from empssl_support.machine import keep_freed_memory
 from study.experiments.cells import differences
 from study.experiments.methods import EPOCHS, IMAGES, best_try, flags_of
 from study.experiments.records import named
-from study.experiments.runs import flags
+from study.experiments.runs import flags_of_trials
 from study.experiments.trials import (
     Trial,
     fewer,
@@ -239,9 +239,17 @@ def rate_trials(name: str, data_dir: str = "") -> list[Trial]:
     return [make_trial(rate) for rate in rates]
 
 
-def search(name: str, data: Dataset, data_dir: str) -> None:
-    while any(not trial.record("claims") for trial in rate_trials(name)):
-        make_all("claims", rate_trials(name, data_dir), data, score_on_held_out)
+def left_to_search(data_dir: str = "") -> list[Trial]:
+    """What is on record leads to; a second phase waits until the first one's rate is found."""
+
+    def left(name: str) -> list[Trial]:
+        return [trial for trial in rate_trials(name, data_dir) if not trial.record("claims")]
+
+    trials = []
+    for name, variant in VARIANTS.items():
+        if not (variant.before and left(variant.before)):
+            trials += left(name)
+    return trials
 
 
 def best_rate(name: str) -> float:
@@ -344,19 +352,20 @@ def verdict(points: list[float], above: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags("The claims of three papers, tried.", "data/cifar10-jpeg")
+    parser = flags_of_trials("The claims of three papers, tried.", "data/cifar10-jpeg")
     parser.add_argument("what", choices=("speed", "search", "compare"))
     typed = parser.parse_args(argv)
     keep_freed_memory()
-    data = load_dataset("imagefolder", typed.data_dir)
+    data = to_device(load_dataset("imagefolder", typed.data_dir), typed.device)
     if typed.what == "speed":
         trials = [speed_trial(name, typed.data_dir) for name, v in VARIANTS.items() if v.seconds]
-        make_all("claims", trials, data, time_epochs)
+        make_all("claims", trials, data, time_epochs, typed.device)
     elif typed.what == "search":
-        for name in VARIANTS:
-            search(name, data, typed.data_dir)
+        while trials := left_to_search(typed.data_dir):
+            make_all("claims", trials, data, score_on_held_out, typed.device)
     else:
-        make_all("claims", comparisons(typed.data_dir, typed.seeds), data, make)
+        trials = comparisons(typed.data_dir, typed.seeds)
+        make_all("claims", trials, data, make, typed.device)
 
 
 if __name__ == "__main__":

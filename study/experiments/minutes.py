@@ -11,7 +11,7 @@ Records are kept in minutes.jsonl.
 
 import empssl
 from empssl_support.cli import one_sentence
-from empssl_support.data import Dataset, load_dataset
+from empssl_support.data import Dataset, load_dataset, to_device
 from empssl_support.machine import keep_freed_memory
 from empssl_support.runs import Run
 from study.experiments.methods import (
@@ -23,7 +23,7 @@ from study.experiments.methods import (
     seconds_of,
     seconds_of_ours,
 )
-from study.experiments.runs import flags
+from study.experiments.runs import flags_of_trials
 from study.experiments.trials import Trial, make_all, probe_bag, train
 
 EPOCHS = 4  # of EMP-SSL
@@ -89,11 +89,11 @@ def seconds_to(wanted: float, curve: list[tuple[float, float]]) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags("Ten minutes of every method.", "data/cifar10-jpeg")
+    parser = flags_of_trials("Ten minutes of every method.", "data/cifar10-jpeg")
     typed = parser.parse_args(argv)
     keep_freed_memory()
-    data = load_dataset("imagefolder", typed.data_dir)
-    make_all("minutes", ten_minutes(typed.data_dir, typed.seeds), data, make)
+    data = to_device(load_dataset("imagefolder", typed.data_dir), typed.device)
+    make_all("minutes", ten_minutes(typed.data_dir, typed.seeds), data, make, typed.device)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ is in its `metrics`, where it came from in the fields of `PROVENANCE`, and the s
 stand beside them.
 """
 
+import contextlib
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
+
+import filelock
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -33,8 +38,13 @@ def keep(name: str, record: dict) -> None:
     """Write `record` to study/results/<name>.jsonl, in place of the line of its name and seed.
 
     The file is replaced in one act, so whoever reads it finds the old lines or the new ones,
-    whenever this is cut off.
+    whenever this is cut off. Processes that share a table wait for each other here.
     """
+    with lock(name):
+        replace(name, record)
+
+
+def replace(name: str, record: dict) -> None:
     records = read(name)
     same = [i for i, old in enumerate(records) if identity(old) == identity(record)]
     if same:
@@ -52,6 +62,28 @@ def keep(name: str, record: dict) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def lock(name: str) -> filelock.FileLock:
+    """What one process at a time can hold; it is let go of when that process ends, however."""
+    folder = RESULTS / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder / f"{quote(name, safe='')}.lock")
+
+
+@contextlib.contextmanager
+def claimed(name: str) -> Iterator[bool]:
+    """Whether the work of this name is this process's, in the block; False: it is another's."""
+    claim = lock(name)
+    try:
+        claim.acquire(timeout=0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.release()
 
 
 def identity(record: dict) -> tuple[str, int]:

@@ -180,3 +180,9 @@ def flags(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", default=data_dir, help="as empssl.py's")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     return parser
+
+
+def flags_of_trials(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
+    parser = flags(about, data_dir)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, to train and embed on")
+    return parser

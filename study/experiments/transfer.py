@@ -14,7 +14,7 @@ from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
 from empssl_support.machine import keep_freed_memory
 from study.experiments.methods import EPOCHS, IMAGES, best_try
-from study.experiments.runs import flags
+from study.experiments.runs import flags_of_trials
 from study.experiments.trials import Trial, fewer, make_all, probe_bag, train
 
 METHODS = ("empssl", "simclr", "vicreg")
@@ -132,7 +132,7 @@ def make(trial: Trial, data_dir: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags("Train on some images, probe on others.")
+    parser = flags_of_trials("Train on some images, probe on others.")
     parser.add_argument("--from", dest="source", help="to train on; without it, the table")
     parser.add_argument("--to", dest="target", default="cifar100", help="labelled, to probe on")
     typed = parser.parse_args(argv)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         ends = typed.source, typed.target
         trials = [make_trial("empssl", *ends, "", seed) for seed in range(typed.seeds)]
-    make_all("transfer", trials, typed.data_dir, make)
+    make_all("transfer", trials, typed.data_dir, make, typed.device)
 
 
 if __name__ == "__main__":

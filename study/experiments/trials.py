@@ -1,11 +1,13 @@
 """A trial: a method trained and probed in this process, on part of a data set.
 
 It takes minutes, so one that was stopped begins again. Runs of hours are recipes: see runs.py.
+A command that makes trials may be started several times at once: the processes share them.
 """
 
 import dataclasses
 import random
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from empssl_support.cli import UsageError, progress
 from empssl_support.data import Dataset
 from empssl_support.machine import provenance
 from study import baselines
-from study.experiments.records import keep, read
+from study.experiments.records import claimed, keep, read
 
 
 class Trial(NamedTuple):
@@ -29,11 +31,14 @@ class Trial(NamedTuple):
     def settings(self) -> baselines.Config:
         return baselines.settings(shlex.split(f"{self.flags} --seed {self.seed}"))
 
+    def on(self, device: str) -> "Trial":
+        return self._replace(flags=f"{self.flags} --device {device}")
+
     def record(self, table: str) -> dict | None:
         """What is kept of it, if that is of the same settings.
 
-        Where the data lie and how precisely this machine multiplies are none of them: a table goes
-        on, and is written, on any machine. The record says which precision it had.
+        Where the data lie, the device and how precisely it multiplies are none of them: a table
+        goes on, and is written, on any machine. The record says which it had.
         """
         for record in read(table):
             if (record["name"], record["seed"]) == (self.name, self.seed):
@@ -42,7 +47,7 @@ class Trial(NamedTuple):
 
     def is_of(self, record: dict) -> bool:
         ours = dataclasses.asdict(self.settings()) | self.about
-        for key in ("data_dir", "name", "precision", *self.whatever):
+        for key in ("data_dir", "name", "device", "precision", *self.whatever):
             del ours[key]
         return all(record.get(key, value) == value for key, value in ours.items())
 
@@ -117,7 +122,7 @@ def widened(
 
 
 def train(config: baselines.Config, data: Dataset, run=None) -> tuple[empssl.Encoder, dict]:
-    """The encoder and the last record of its training."""
+    """The encoder and the last record of its training, on the settings' device."""
     config.patch_size = config.patch_size or min(224, *data.train_images.shape[2:])
     encoder, augmentation, objective = baselines.method(config, data)
     metrics = empssl.train(encoder, data.train_images, config, augmentation, objective, run)
@@ -149,28 +154,43 @@ def probe_bag(
         empssl.embed(encoder, images, config.eval_patches, **how)
         for images in (data.train_images, data.test_images)
     )
-    top1, _ = empssl.linear_probe(h, data.train_labels, test_h, data.test_labels)
     knn = empssl.knn_probe(h, data.train_labels, test_h, data.test_labels)
+    # A GPU is no faster than one core at steps as small as these.
+    h, test_h = h.cpu(), test_h.cpu()
+    top1, _ = empssl.linear_probe(h, data.train_labels, test_h, data.test_labels)
     return {"linear_top1": top1, "knn_top1": knn}
 
 
-def make_all(table: str, trials: list[Trial], data, make=train_and_probe) -> None:
+def make_all(
+    table: str, trials: list[Trial], data, make=train_and_probe, device: str = "cpu"
+) -> None:
     """Make the trials whose record is not kept: their metrics are `make(trial, data)`.
 
-    One whose loss is not finite is a miss, with an accuracy of 0, and the others go on.
+    One whose loss is not finite is a miss, with an accuracy of 0, and the others go on. One that
+    another process makes is left to it.
     """
     left = [trial for trial in trials if not trial.record(table)]
     print(f"{len(left)} of {len(trials)} trials are left to make")
-    code = provenance("cpu")  # before anything is made: of the code that was loaded
+    code = provenance(device)  # before anything is made: of the code that was loaded
+    made = 0
     for trial in progress(left, desc=table, unit="trial"):
-        settings = dataclasses.asdict(trial.settings()) | trial.about
-        about = settings | code | {"started": provenance("cpu")["started"]}
-        try:
-            metrics = make(trial, data)
-        except FloatingPointError:
-            metrics = {"linear_top1": 0.0, "knn_top1": 0.0, "diverged": True}
-        keep(table, about | {"name": trial.name, "metrics": metrics})
-        print(trial.name, trial.seed, metrics, flush=True)
+        with claimed(f"{table} {trial.name} {trial.seed}") as mine:
+            if mine and not trial.record(table):
+                keep(table, record_of(trial.on(device), data, make, code))
+                made += 1
+    if left and not made:
+        time.sleep(1)  # whoever asks again for what others make shall not ask all the time
+
+
+def record_of(trial: Trial, data, make, code: dict) -> dict:
+    settings = dataclasses.asdict(trial.settings()) | trial.about
+    about = settings | code | {"started": provenance("cpu")["started"]}
+    try:
+        metrics = make(trial, data)
+    except FloatingPointError:
+        metrics = {"linear_top1": 0.0, "knn_top1": 0.0, "diverged": True}
+    print(trial.name, trial.seed, metrics, flush=True)
+    return about | {"name": trial.name, "metrics": metrics}
 
 
 def records_of(table: str, trials: list[Trial], command: str) -> list[dict]:
