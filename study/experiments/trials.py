@@ -5,6 +5,7 @@ A command that makes trials may be started several times at once: the processes 
 """
 
 import dataclasses
+import functools
 import random
 import shlex
 import time
@@ -29,7 +30,7 @@ class Trial(NamedTuple):
     whatever: tuple[str, ...] = ()  # settings that are nothing to what is measured
 
     def settings(self) -> baselines.Config:
-        return baselines.settings(shlex.split(f"{self.flags} --seed {self.seed}"))
+        return settings(self.flags, self.seed)
 
     def on(self, device: str) -> "Trial":
         return self._replace(flags=f"{self.flags} --device {device}")
@@ -46,10 +47,20 @@ class Trial(NamedTuple):
         return None
 
     def is_of(self, record: dict) -> bool:
-        ours = dataclasses.asdict(self.settings()) | self.about
+        ours = settings_to_compare(self.flags, self.seed) | self.about
         for key in ("data_dir", "name", "device", "precision", *self.whatever):
             del ours[key]
         return all(record.get(key, value) == value for key, value in ours.items())
+
+
+def settings(flags: str, seed: int) -> baselines.Config:
+    return baselines.settings(shlex.split(f"{flags} --seed {seed}"))
+
+
+@functools.cache
+def settings_to_compare(flags: str, seed: int) -> dict:
+    """Read once: a search asks thousands of times what is on record."""
+    return dataclasses.asdict(settings(flags, seed))
 
 
 # ---- the images ----
