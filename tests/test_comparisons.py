@@ -50,6 +50,15 @@ def test_runs_of_different_precision_are_no_pair():
     assert differences(a, b) == pytest.approx([20])
 
 
+def test_runs_on_a_gpu_and_on_a_cpu_are_no_pair():
+    keep("methods", "a", (0.5, 0.7), {"precision": "bf16", "device": "cuda"})
+    keep("methods", "b", (0.4,), {"precision": "bf16", "device": "cpu"})
+    b = {"name": "b", "seed": 1, "precision": "bf16", "device": "cuda"}
+    records.keep("methods", b | {"metrics": {"linear_top1": 0.3}})
+    a, b = (records.named("methods", name) for name in "ab")
+    assert differences(a, b) == pytest.approx([40])
+
+
 def test_steps_are_the_patches_seen_over_those_of_a_batch():
     keep("methods", "a", (0.5,), {"patches": 2, "batch": 10}, patches_seen=600)
     keep("methods", "b", (0.5,), {"patches": 2, "batch": 10}, patches_seen=800)
@@ -155,6 +164,27 @@ def test_numbers_of_patches_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):
     assert (tmp_path / "numbers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_claims_are_drawn_with_their_intervals_and_what_is_asked(tmp_path, monkeypatch):
+    drawn = []
+
+    def keep_figure(figure, axes, title, name):
+        ends = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata())]
+        drawn.append((name, [label.get_text() for label in axes.get_yticklabels()], ends))
+
+    monkeypatch.setattr(plot, "finish", keep_figure)
+    plot.draw_claims()
+    keep("claims", "one-negative", (0.601, 0.602))
+    keep("claims", "simclr", (0.600, 0.600, 0.600))
+    plot.draw_claims()
+    assert not drawn  # two seeds make no interval
+    keep("claims", "one-negative", (0.601, 0.602, 0.603))
+    plot.draw_claims()
+    ((name, labels, (interval, mean, asked)),) = drawn
+    assert name == "claims.png" and labels == ["Bordes et al.: one negative will do"]
+    assert interval == pytest.approx((0.2 - 4.3 * 0.1 / 3**0.5, 0.2 + 4.3 * 0.1 / 3**0.5))
+    assert mean == pytest.approx((0.2,)) and asked == (-1.0, -1.0)
+
+
 def test_a_claim_has_its_pair_and_its_verdict():
     keep("claims", "one-negative", (0.601, 0.602, 0.603))
     keep("claims", "simclr", (0.600, 0.601, 0.602))
@@ -212,11 +242,11 @@ def test_the_network_has_a_row_for_each_epoch_that_was_probed():
     seen = [{"epoch": 1, "R": 160.0, "D": 0.79, "linear_top1": 0.7, "knn_top1": 0.6}]
     measured = {"R": 168.0, "D": 0.8, "knn_top1": 0.7, "train_seconds": 7200.0}
     about = {"epochs": 2, "seen": seen, "hardware": "a processor"}
-    keep("network", "two", (0.8,), about, **measured)
+    keep("network", "enlarged-2-epochs", (0.8,), about, **measured)
     first, second = rows(comparisons.network().splitlines())
     assert (first["epoch"], second["epoch"]) == ("1 of 2", "2 of 2")
     assert first["bag of patches"] == "0.700" and second["bag of patches"] == "0.800"
     assert (second["R"], second["D"]) == ("168.0", "0.800")
     assert (first["training, s"], second["training, s"]) == ("", "7,200")
-    keep("network", "two", (0.8,), about | {"other_work_on_the_machine": True}, **measured)
+    keep("network", "enlarged-2-epochs", (0.8,), about | {"other_work_on_the_machine": True}, **measured)
     assert rows(comparisons.network().splitlines())[1]["training, s"] == ""  # others slowed them

@@ -1,6 +1,10 @@
 """The comparison of methods: each is searched for in the same way, and compared at its best."""
 
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from empssl_support.data import load_dataset
 from study import baselines
 from study.baselines.common import views
 from study.experiments import methods, records, trials
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -160,6 +166,50 @@ def test_a_table_goes_on_on_a_machine_of_another_precision(data, monkeypatch):
         assert other.record("demo")["precision"] == "bf16"
     assert len(made) == 1
     assert other._replace(whatever=()).record("demo") is None
+
+
+def test_a_trial_may_be_made_on_another_device(data, monkeypatch):
+    monkeypatch.setattr(settings, "pick_device", lambda wanted: wanted)  # there is no GPU here
+    trial = trials.Trial("a", methods.flags_of("simclr", "photos"))
+    used = []
+
+    def make(trial, part):
+        used.append(trial.settings().device)
+        return {}
+
+    monkeypatch.setattr(trials, "provenance", lambda device: used.append(device) or {"started": ""})
+    trials.make_all("demo", [trial], data, make, "cuda")
+    assert used[0] == used[-1] == "cuda"
+    assert trial.record("demo")["device"] == "cuda"
+    trials.make_all("demo", [trial], data, lambda *_: pytest.fail("it was made again"))
+
+
+def test_what_another_process_makes_is_left_to_it(data):
+    mine, theirs = (
+        trials.Trial(name, methods.flags_of("simclr", "photos")) for name in ("mine", "theirs")
+    )
+    other = "with records.claimed('demo theirs 0') as claimed: print(claimed, flush=True); input()"
+    setup = f"from pathlib import Path; records.RESULTS = Path({str(records.RESULTS)!r})"
+    program = f"from study.experiments import records; {setup}\n{other}"
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "True\n"
+        trials.make_all("demo", [theirs, mine], data, lambda trial, _: {"of": trial.name})
+        assert [record["name"] for record in records.read("demo")] == ["mine"]
+        process.kill()  # it lets go of what it had not made
+    trials.make_all("demo", [theirs, mine], data, lambda trial, _: {"of": trial.name})
+    assert [record["name"] for record in records.read("demo")] == ["mine", "theirs"]
+
+
+def test_no_record_is_lost_where_many_are_kept_at_once(data):
+    def keep_some(worker):
+        for seed in range(10):
+            records.keep("demo", {"name": f"of {worker}", "seed": seed, "metrics": {}})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep_some, range(8)))
+    assert len(records.read("demo")) == 80
 
 
 def test_a_trial_that_diverges_is_a_miss_and_no_end(data, monkeypatch):

@@ -15,6 +15,7 @@ from study.experiments.cells import (
     steps,
     table,
 )
+from study.experiments.network import of_kind
 from study.experiments.records import by_key, named, read
 
 ACCURACIES = (0.60, 0.70, 0.75)
@@ -290,7 +291,11 @@ def pairs_of(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
 def network() -> str:
     """A row for each probe of each training, on the way too; seconds are of undisturbed ones."""
     rows = []
-    for name, runs in by_key(read("network"), "name").items():
+    kinds = [recipe.name for kind in ("enlarged", "native") for recipe in of_kind(kind, "", 0)]
+    for name in kinds:
+        runs = named("network", name)
+        if not runs:
+            continue
         for epoch in sorted({line["epoch"] for run in runs for line in run["seen"]}):
             seen = [
                 run | {"metrics": line}

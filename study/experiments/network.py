@@ -40,9 +40,9 @@ def of_kind(kind: str, recipe: str, seed: int) -> list[Recipe]:
     drawn = f"{few} --eval-augmentation train --eval-patches 128"
     return [
         one,
+        Recipe("network", f"{kind}-2-epochs", two, seed),
         Recipe("network", f"{kind}-16-crops-of-5000", few, seed, probes=one.name),
         Recipe("network", f"{kind}-128-crops-of-5000", drawn, seed, probes=one.name),
-        Recipe("network", f"{kind}-2-epochs", two, seed),
     ]
 
 

@@ -1,16 +1,18 @@
-"""Two pictures, from the records: python -m study.experiments.plot
+"""Three pictures, from the records: python -m study.experiments.plot
 
 docs/peers.png is of ten minutes of each method, its accuracy against the seconds of training;
-docs/numbers.png of numbers of patches, at equal images and at equal patches.
+docs/numbers.png of numbers of patches, at equal images and at equal patches; docs/claims.png of
+what others claim, and by how much it came out so.
 """
 
+import statistics
 from pathlib import Path
 
 from empssl_support.cli import one_sentence
 from empssl_support.report import pyplot
-from study.experiments import minutes, patches
+from study.experiments import claims, minutes, patches
 from study.experiments.cells import METHODS
-from study.experiments.comparisons import of_patches
+from study.experiments.comparisons import PAPERS, of_patches
 from study.experiments.records import mean_and_deviation, named
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -90,6 +92,32 @@ def draw_numbers_of_patches() -> None:
         finish(figure, axes, titles[comparison], "numbers.png")
 
 
+def draw_claims() -> None:
+    """A row a claim: the interval of the difference, and what was asked of it."""
+    found = [(claim, claims.paired(claim)) for claim in claims.CLAIMS]
+    found = [(claim, points) for claim, points in found if claims.interval(points)]
+    if not found:
+        return
+    height = 1.2 + 0.3 * len(found)
+    figure, axes = pyplot().subplots(figsize=(9.5, height), layout="constrained")
+    colours = {claims.HOLDS: "#1f9e89", claims.FAILS: "#d1342f", claims.OPEN: "#8b8b8b"}
+    for row, (claim, points) in enumerate(found):
+        colour = colours[claims.verdict(points, claim.above)]
+        axes.plot(claims.interval(points), [row, row], color=colour, linewidth=3)
+        axes.plot(statistics.mean(points), row, "o", color=colour)
+        axes.plot([claim.above] * 2, [row - 0.4, row + 0.4], color="black", linewidth=1.5)
+    for said, colour in colours.items():
+        axes.plot([], [], "o-", color=colour, linewidth=3, label=said)
+    axes.plot([], [], color="black", linewidth=1.5, label="what is asked")
+    axes.legend(frameon=False, loc="lower right")
+    names = [f"{PAPERS[claim.paper][1:].partition(']')[0]}: {claim.says}" for claim, _ in found]
+    axes.set_yticks(range(len(found)), names)
+    axes.set_ylim(len(found) - 0.4, -0.6)  # the first on top
+    axes.set_xlabel("points of 100: one run over the other")
+    title = "How what three papers claim came out here\nmean and its 95 % interval over seeds"
+    finish(figure, axes, title, "claims.png")
+
+
 def finish(figure, axes, title: str, name: str) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,3 +129,4 @@ if __name__ == "__main__":
     with one_sentence():
         draw_ten_minutes()
         draw_numbers_of_patches()
+        draw_claims()
