@@ -85,7 +85,8 @@ def test_a_recipe_is_its_settings_with_the_presets_of_today(method, monkeypatch)
     if "supervised" in method:
         stored["dim"] = 10  # a supervised run stores its number of classes
     assert recipe.is_of(stored | {"name": "other", "data_dir": "elsewhere", "force": True})
-    assert all(recipe.is_of(stored | {"precision": p}) for p in ("bf16", "float32"))
+    for machine in ({"precision": "bf16"}, {"precision": "float32"}, {"device": "cuda"}):
+        assert recipe.is_of(stored | machine)
     assert not recipe._replace(seed=1).is_of(stored)
     assert not recipe._replace(flags=recipe.flags + " --lr 0.123").is_of(stored)
     assert not recipe.is_of(stored | {"eval_augmentation": "maps"})
@@ -93,6 +94,14 @@ def test_a_recipe_is_its_settings_with_the_presets_of_today(method, monkeypatch)
     assert not recipe._replace(flags=DEMO + other).is_of(stored)
     monkeypatch.setitem(empssl.PRESETS["laptop"], "lam", 7.0)
     assert not recipe.is_of(stored)
+
+
+def test_what_trains_nothing_has_no_epochs_of_its_own():
+    recipe = Recipe("demo", "demo", f"{DEMO} --eval-only", 0)
+    stored = json.loads(json.dumps(vars(recipe.settings())))
+    assert recipe.is_of(stored | {"epochs": 0})
+    trains = recipe._replace(flags=DEMO)
+    assert not trains.is_of(stored | {"eval_only": False, "epochs": 0})
 
 
 @pytest.mark.parametrize("begun", [None, "1", "2"])
@@ -137,6 +146,21 @@ def test_a_probe_of_anothers_encoder_has_that_ones_costs(stand_in):
     assert record["metrics"]["train_seconds"] == 100.0
     runs.start_all([trained, probe])
     assert len(stand_in) == 2
+
+
+def test_an_encoder_that_is_to_be_probed_and_is_gone_is_trained_again(stand_in):
+    """As where the records came along to another machine, and the runs did not."""
+    trained = Recipe("demo", "trained", DEMO, 0)
+    probe = Recipe("demo", "probe", f"{DEMO} --eval-only", 0, "trained")
+    runs.start(trained)
+    runs.start_all([trained, probe])
+    assert ["--checkpoint" in command for command in stand_in] == [False, False, True]
+    runs.start_all([trained, probe])
+    assert len(stand_in) == 3  # both are on record
+    another = probe._replace(name="another")
+    (trained.folder() / "encoder.pt").touch()
+    runs.start_all([trained, another])
+    assert ["--checkpoint" in command for command in stand_in[3:]] == [True]
 
 
 def test_a_run_that_fails_ends_the_command_with_its_code(results, monkeypatch):
@@ -268,9 +292,9 @@ def test_the_papers_network_is_seen_after_one_epoch_and_two(stand_in, monkeypatc
     found = {r["name"]: r for r in records.read("network")}
     assert list(found) == [
         "native-1-epoch",
+        "native-2-epochs",
         "native-16-crops-of-5000",
         "native-128-crops-of-5000",
-        "native-2-epochs",
     ]
     one, two = found["native-1-epoch"], found["native-2-epochs"]
     assert (one["backbone"], one["patches"], one["patch_size"]) == ("resnet18", 20, 16)

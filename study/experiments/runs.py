@@ -54,12 +54,12 @@ class Recipe(NamedTuple):
         return read_settings(empssl.Config, empssl.PRESETS, arguments, "")
 
     def is_of(self, stored: dict) -> bool:
-        """Whether a stored run is of this recipe, on a machine of any precision.
+        """Whether a stored run is of this recipe, on a machine of any kind and precision.
 
         What is None is the data set's to say.
         """
         ours = vars(self.settings())
-        ignored = {"name", "force", "data_dir", "precision"}
+        ignored = {"name", "force", "data_dir", "device", "precision"}
         if ours["eval_only"]:
             ignored.add("epochs")
         if ours.get("method") == "supervised":
@@ -80,8 +80,10 @@ def start(recipe: Recipe) -> dict:
 
     Exits with the code of a run that fails.
     """
-    if record := recipe.record():
-        return record
+    return recipe.record() or make(recipe)
+
+
+def make(recipe: Recipe) -> dict:
     folder, arguments = recipe.folder(), recipe.arguments()
     program = [str(ROOT / "empssl.py")]
     if "--method" in arguments:
@@ -158,7 +160,7 @@ def start_all(recipes: list[Recipe], may_be_long: bool = True) -> None:
 
     Raises `UsageError` for the paper's recipes on a CPU, unless they `may_be_long`.
     """
-    left = [recipe for recipe in recipes if not recipe.record()]
+    left = left_of(recipes)
     if not left:
         print("nothing to do: all records are kept")
         return
@@ -171,7 +173,19 @@ def start_all(recipes: list[Recipe], may_be_long: bool = True) -> None:
             f"use a GPU, give --anyway, or try --subset 500 --seeds 1."
         )
     for recipe in left:
-        start(recipe)
+        make(recipe)
+
+
+def left_of(recipes: list[Recipe]) -> list[Recipe]:
+    """Those without a record, and those whose encoder one of them probes, where it is gone."""
+    missing = [recipe for recipe in recipes if not recipe.record()]
+    probed = [(recipe.probes, recipe.seed) for recipe in missing]
+
+    def is_gone(recipe: Recipe) -> bool:
+        wanted = (recipe.name, recipe.seed) in probed
+        return wanted and not (recipe.folder() / "encoder.pt").exists()
+
+    return [recipe for recipe in recipes if recipe in missing or is_gone(recipe)]
 
 
 def flags(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
