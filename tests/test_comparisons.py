@@ -180,7 +180,7 @@ def test_claims_are_drawn_with_their_intervals_and_what_is_asked(tmp_path, monke
     keep("claims", "one-negative", (0.601, 0.602, 0.603))
     plot.draw_claims()
     ((name, labels, (interval, mean, asked)),) = drawn
-    assert name == "claims.png" and labels == ["Bordes et al.: one negative will do"]
+    assert name == "claims.png" and labels == ["Bordes et al.: one negative is enough"]
     assert interval == pytest.approx((0.2 - 4.3 * 0.1 / 3**0.5, 0.2 + 4.3 * 0.1 / 3**0.5))
     assert mean == pytest.approx((0.2,)) and asked == (-1.0, -1.0)
 
@@ -193,6 +193,7 @@ def test_a_claim_has_its_pair_and_its_verdict():
     assert "2303.01986" in row["paper"] and row["at equal"] == "epochs"
     assert row["points"] == "+0.1 ± 0.0" and row["seeds"] == "3"
     assert row["here"] == "holds" and row["asked"] == "over -1"
+    assert row["points by kNN"] == ""
     assert claims.verdict([-3.0, -3.1, -2.9], -1.0) == "does not hold here"
 
 
@@ -201,7 +202,8 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     monkeypatch.setattr(claims, "seconds_an_epoch", lambda name: 3.0)
     cpu = "cpu (AMD EPYC, 2 threads, AVX2)"
     settings = {"eval_only": False, "lr": 0.45, "epochs": 9, "hardware": cpu}
-    keep("claims", "last-stage-added", (0.6, 0.7), settings)
+    settings |= {"patches": 2, "batch": 50}
+    keep("claims", "last-stage-added", (0.6, 0.7), settings, patches_seen=1200)
     for rate, lr in ((1, 0.45), (3, 1.35)):
         keep("claims", f"search-last-stage-added-{rate}", (0.5,), {"rate": rate, "lr": lr})
     keep("claims", "untrained", (0.3,), settings | {"eval_only": True})
@@ -209,6 +211,8 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     assert untrained["epochs"] == untrained["rate"] == untrained["seconds, reckoned"] == ""
     assert added["run"] == "`last-stage-added`" and added["images"] == "15,000"
     assert "`without-last-stage`" in added["what is changed"]
+    assert (added["patches seen"], added["steps"]) == ("1,200", "12")
+    assert untrained["patches seen"] == untrained["steps"] == ""
     assert added["rate"] == "0.45" and added["rates tried"] == "0.45 to 1.35"
     assert added["seconds, reckoned"] == "57"  # 9 epochs, and 30 s of the first phase
     assert added["bag of patches"] == "0.650 ± 0.071" and added["seeds"] == "2"
@@ -234,8 +238,8 @@ def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
     assert empssl["bag of patches"] == "0.800 ± 0.000" and empssl["minus EMP-SSL"] == ""
     assert simclr["minus EMP-SSL"] == "-10.0 ± 0.0" and simclr["seeds"] == "2"
     # What the other way was trained on is what this way is probed on.
-    assert empssl["trained on the latter"] == "0.900" and simclr["trained on the latter"] == ""
-    assert back["trained on"] == "photos:5-9" and back["trained on the latter"] == ""
+    assert empssl["trained on such images"] == "0.900" and simclr["trained on such images"] == ""
+    assert back["trained on"] == "photos:5-9" and back["trained on such images"] == ""
 
 
 def test_the_network_has_a_row_for_each_epoch_that_was_probed():

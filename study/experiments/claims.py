@@ -119,7 +119,8 @@ class Claim(NamedTuple):
 DEMOCRATIC, SINGLE, S3L = "2303.01986", "2404.19289", "2103.13559"
 NO_WORSE, LEARNS = -1.0, 1.0  # points
 CLAIMS = [
-    Claim(DEMOCRATIC, "one negative will do", "one-negative", "simclr", "epochs", NO_WORSE),
+    Claim(DEMOCRATIC, "one negative trains", "one-negative", "untrained", "images", LEARNS),
+    Claim(DEMOCRATIC, "one negative is enough", "one-negative", "simclr", "epochs", NO_WORSE),
     Claim(DEMOCRATIC, "noise of .25 alone trains", "noise-0.25", "untrained", "images", LEARNS),
     Claim(DEMOCRATIC, "noise of 1 alone trains", "noise-1", "untrained", "images", LEARNS),
     Claim(DEMOCRATIC, "noise of 2 alone trains", "noise-2", "untrained", "images", LEARNS),
@@ -139,7 +140,7 @@ CLAIMS = [
         "images",
         LEARNS,
     ),
-    Claim(DEMOCRATIC, "batches of 64 will do", "batch-64", "simclr", "epochs", NO_WORSE),
+    Claim(DEMOCRATIC, "batches of 64 are enough", "batch-64", "simclr", "epochs", NO_WORSE),
     Claim(
         SINGLE,
         "the corrected update helps",
@@ -164,7 +165,7 @@ CLAIMS = [
         "seconds",
         NO_WORSE,
     ),
-    Claim(S3L, "few images will do", "a-third-of-the-images", "simclr", "steps", NO_WORSE),
+    Claim(S3L, "few images are enough", "a-third-of-the-images", "simclr", "steps", NO_WORSE),
 ]
 
 

@@ -188,10 +188,11 @@ def claims_table() -> str:
                 f"over {claim.above:+.0f}" if claim.above else "over 0",
                 len(found),
                 claims.verdict(found, claim.above),
+                points(claims.paired(claim, "knn_top1")),
             ]
         )
-    columns = ["paper", "claim", "this", "beside", "at equal", "points", "asked", "seeds", "here"]
-    return table(columns, rows)
+    columns = ["paper", "claim", "this", "compared with", "at equal", "points", "asked", "seeds"]
+    return table([*columns, "here", "points by kNN"], rows)
 
 
 def claims_runs() -> str:
@@ -212,6 +213,8 @@ def claims_runs() -> str:
                 f"{variant.images:,}",
                 "" if runs[0]["eval_only"] else runs[0]["epochs"],
                 seconds_of_run(name, runs[0]),
+                average(runs, "patches_seen"),
+                "" if runs[0]["eval_only"] else steps(runs),
                 "" if runs[0]["eval_only"] else f"{runs[0]['lr']:.3g}",
                 rates_tried(name),
                 accuracy(runs),
@@ -220,8 +223,9 @@ def claims_runs() -> str:
                 "; ".join(processors(runs)),
             ]
         )
-    columns = ["run", "method", "what is changed", "images", "epochs", "seconds, reckoned", "rate"]
-    return table([*columns, "rates tried", "bag of patches", "kNN", "seeds", "on"], rows)
+    columns = ["run", "method", "what is changed", "images", "epochs", "seconds, reckoned"]
+    columns += ["patches seen", "steps", "rate", "rates tried"]
+    return table([*columns, "bag of patches", "kNN", "seeds", "on"], rows)
 
 
 def seconds_of_run(name: str, run: dict) -> str:
@@ -268,7 +272,7 @@ def transfer_table() -> str:
                 cells = transfer_cells(found, ours, back.get(method, []))
                 rows.append([source, target, METHODS[method], *cells])
     columns = ["trained on", "probed on", "features", "bag of patches", "minus EMP-SSL", "kNN"]
-    return table([*columns, "trained on the latter", "seeds"], rows)
+    return table([*columns, "trained on such images", "seeds"], rows)
 
 
 def transfer_cells(runs: list[dict], ours: list[dict], back: list[dict]) -> list:
