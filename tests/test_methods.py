@@ -184,7 +184,7 @@ def test_a_trial_may_be_made_on_another_device(data, monkeypatch):
     trials.make_all("demo", [trial], data, lambda *_: pytest.fail("it was made again"))
 
 
-def test_what_another_process_makes_is_left_to_it(data):
+def test_what_another_process_makes_is_left_to_it_unless_it_ends(data):
     mine, theirs = (
         trials.Trial(name, methods.flags_of("simclr", "photos")) for name in ("mine", "theirs")
     )
@@ -194,12 +194,28 @@ def test_what_another_process_makes_is_left_to_it(data):
     command = [sys.executable, "-c", program]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     with subprocess.Popen(command, **pipes) as process:
+
+        def make(trial, part):
+            process.kill()  # once it has been passed over
+            return {"of": trial.name}
+
         assert process.stdout.readline() == "True\n"
-        trials.make_all("demo", [theirs, mine], data, lambda trial, _: {"of": trial.name})
-        assert [record["name"] for record in records.read("demo")] == ["mine"]
-        process.kill()  # it lets go of what it had not made
-    trials.make_all("demo", [theirs, mine], data, lambda trial, _: {"of": trial.name})
-    assert [record["name"] for record in records.read("demo")] == ["mine", "theirs"]
+        trials.make_all("demo", [theirs, mine], data, make)
+    assert [record["metrics"]["of"] for record in records.read("demo")] == ["mine", "theirs"]
+
+
+def test_what_another_process_has_made_is_waited_for(data, monkeypatch):
+    trial = trials.Trial("theirs", methods.flags_of("simclr", "photos"))
+    claim = records.lock("demo theirs 0")
+    claim.acquire()
+
+    def others_work(seconds):
+        records.keep("demo", trials.record_of(trial, data, lambda *_: {}, {}))
+        claim.release()
+
+    monkeypatch.setattr(trials.time, "sleep", others_work)
+    trials.make_all("demo", [trial], data, lambda *_: pytest.fail("it was made twice"))
+    assert trial.record("demo")
 
 
 def test_no_record_is_lost_where_many_are_kept_at_once(data):

@@ -178,19 +178,26 @@ def make_all(
     """Make the trials whose record is not kept: their metrics are `make(trial, data)`.
 
     One whose loss is not finite is a miss, with an accuracy of 0, and the others go on. One that
-    another process makes is left to it.
+    another process makes is waited for, and made here should that process end without it.
     """
-    left = [trial for trial in trials if not trial.record(table)]
+
+    def missing() -> list[Trial]:
+        return [trial for trial in trials if not trial.record(table)]
+
+    left = missing()
     print(f"{len(left)} of {len(trials)} trials are left to make")
     code = provenance(device)  # before anything is made: of the code that was loaded
-    made = 0
-    for trial in progress(left, desc=table, unit="trial"):
-        with claimed(f"{table} {trial.name} {trial.seed}") as mine:
-            if mine and not trial.record(table):
-                keep(table, record_of(trial.on(device), data, make, code))
-                made += 1
-    if left and not made:
-        time.sleep(1)  # whoever asks again for what others make shall not ask all the time
+    with progress(total=len(left), desc=table, unit="trial") as bar:
+        while left:
+            for trial in left:
+                with claimed(f"{table} {trial.name} {trial.seed}") as mine:
+                    if mine and not trial.record(table):
+                        keep(table, record_of(trial.on(device), data, make, code))
+                        bar.update()
+            left = missing()
+            bar.n = bar.total - len(left)
+            if left:
+                time.sleep(1)
 
 
 def record_of(trial: Trial, data, make, code: dict) -> dict:
