@@ -7,7 +7,7 @@ import empssl
 from empssl_support.cli import UsageError
 from empssl_support.data import load_dataset
 from study.baselines.common import views
-from study.experiments import claims, methods, records
+from study.experiments import claims, methods, minutes, records, transfer
 
 
 @pytest.fixture
@@ -104,6 +104,27 @@ def test_what_is_to_be_no_worse_has_twice_the_seeds(made):
         both = set(seeds[claim.first]) & set(seeds[claim.second])
         assert both >= set(wanted), claim
     assert seeds["noise-1"] == [0, 1] and seeds["batch-64"] == [0, 1, 2, 3]
+
+
+def test_a_gpu_trains_and_a_cpu_is_timed(made, monkeypatch):
+    monkeypatch.setattr(claims, "pick_device", lambda wanted: wanted)
+    monkeypatch.setattr(claims, "to_device", lambda data, device: data)
+    asked = []
+    monkeypatch.setattr(claims, "make_all", lambda *all_of: asked.append(all_of[-1]))
+    monkeypatch.setattr(claims, "comparisons", lambda *_: [])
+    for what in ("speed", "compare"):
+        claims.main([what, "--device", "cuda"])
+    assert asked == ["cpu", "cuda"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("module", [claims, minutes, transfer])
+def test_a_gpu_that_is_not_there_is_said(module, searched, monkeypatch):
+    if module is not transfer:
+        monkeypatch.setattr(module, "load_dataset", lambda *_: pytest.fail("it was read before"))
+    monkeypatch.setattr(transfer, "of_the_table", lambda *_: [])
+    with pytest.raises(UsageError, match="--device cuda cannot be used here"):
+        module.main(["search"] * (module is claims) + ["--device", "cuda"])
 
 
 def test_what_comes_first_is_said(searched):

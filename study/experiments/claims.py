@@ -21,6 +21,7 @@ from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset, to_device
 from empssl_support.files import save_encoder
 from empssl_support.machine import keep_freed_memory
+from empssl_support.settings import pick_device
 from study.experiments.cells import differences
 from study.experiments.methods import EPOCHS, IMAGES, best_try, flags_of
 from study.experiments.records import named
@@ -366,16 +367,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("speed", "search", "compare"))
     typed = parser.parse_args(argv)
     keep_freed_memory()
-    data = to_device(load_dataset("imagefolder", typed.data_dir), typed.device)
+    # Seconds are of a CPU, whatever trains.
+    device = "cpu" if typed.what == "speed" else pick_device(typed.device)
+    data = to_device(load_dataset("imagefolder", typed.data_dir), device)
     if typed.what == "speed":
         trials = [speed_trial(name, typed.data_dir) for name, v in VARIANTS.items() if v.seconds]
-        make_all("claims", trials, data, time_epochs, typed.device)
+        make_all("claims", trials, data, time_epochs, device)
     elif typed.what == "search":
         while trials := left_to_search(typed.data_dir):
-            make_all("claims", trials, data, score_on_held_out, typed.device)
+            make_all("claims", trials, data, score_on_held_out, device)
     else:
         trials = comparisons(typed.data_dir, typed.seeds)
-        make_all("claims", trials, data, make, typed.device)
+        make_all("claims", trials, data, make, device)
 
 
 if __name__ == "__main__":

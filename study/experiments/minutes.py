@@ -14,6 +14,7 @@ from empssl_support.cli import one_sentence
 from empssl_support.data import Dataset, load_dataset, to_device
 from empssl_support.machine import keep_freed_memory
 from empssl_support.runs import Run
+from empssl_support.settings import pick_device
 from study.experiments.methods import (
     IMAGES,
     PEERS,
@@ -92,8 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags_of_trials("Ten minutes of every method.", "data/cifar10-jpeg")
     typed = parser.parse_args(argv)
     keep_freed_memory()
-    data = to_device(load_dataset("imagefolder", typed.data_dir), typed.device)
-    make_all("minutes", ten_minutes(typed.data_dir, typed.seeds), data, make, typed.device)
+    device = pick_device(typed.device)
+    data = to_device(load_dataset("imagefolder", typed.data_dir), device)
+    make_all("minutes", ten_minutes(typed.data_dir, typed.seeds), data, make, device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import empssl
 from empssl_support.cli import UsageError, one_sentence
 from empssl_support.data import DATASETS, Dataset, load_dataset, to_device
 from empssl_support.machine import keep_freed_memory
+from empssl_support.settings import pick_device
 from study.experiments.methods import EPOCHS, IMAGES, best_try
 from study.experiments.runs import flags_of_trials
 from study.experiments.trials import Trial, fewer, make_all, probe_bag, train
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         ends = typed.source, typed.target
         trials = [make_trial("empssl", *ends, "", seed) for seed in range(typed.seeds)]
-    make_all("transfer", trials, typed.data_dir, make, typed.device)
+    make_all("transfer", trials, typed.data_dir, make, pick_device(typed.device))
 
 
 if __name__ == "__main__":
