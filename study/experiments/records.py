@@ -74,7 +74,7 @@ def replace(name: str, record: dict) -> None:
 
 def lock(name: str) -> filelock.FileLock:
     """What one process at a time can hold; it is let go of when that process ends, however."""
-    folder = RESULTS / ".locks"
+    folder = RESULTS.with_name(".locks")
     folder.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(folder / f"{quote(name, safe='')}.lock")
 
