@@ -252,11 +252,6 @@ def test_the_network_has_a_row_for_each_epoch_that_was_probed():
     assert first["bag of patches"] == "0.700" and second["bag of patches"] == "0.800"
     assert (second["R"], second["D"]) == ("168.0", "0.800")
     assert (first["training, s"], second["training, s"]) == ("", "7,200")
-    keep(
-        "network",
-        "enlarged-2-epochs",
-        (0.8,),
-        about | {"other_work_on_the_machine": True},
-        **measured,
-    )
+    about |= {"other_work_on_the_machine": True}
+    keep("network", "enlarged-2-epochs", (0.8,), about, **measured)
     assert rows(comparisons.network().splitlines())[1]["training, s"] == ""  # others slowed them

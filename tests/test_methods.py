@@ -184,6 +184,18 @@ def test_a_trial_may_be_made_on_another_device(data, monkeypatch):
     trials.make_all("demo", [trial], data, lambda *_: pytest.fail("it was made again"))
 
 
+def test_what_a_device_decides_is_that_of_the_device_that_is_used(data, monkeypatch):
+    """Without --preset it is the CPU's or the GPU's: a trial that is made is not made again."""
+    found = {"auto": "cuda"}  # a machine with a GPU
+    monkeypatch.setattr(settings, "pick_device", lambda wanted: found.get(wanted, wanted))
+    trial = trials.Trial("a", "--method empssl --dataset shapes")
+    made = []
+    for _ in range(2):
+        trials.make_all("demo", [trial], data, lambda *_: made.append(1) or {}, "cpu")
+    (record,) = records.read("demo")
+    assert record["preset"] == "laptop" and len(made) == 1
+
+
 def test_what_another_process_makes_is_left_to_it_unless_it_ends(data):
     mine, theirs = (
         trials.Trial(name, methods.flags_of("simclr", "photos")) for name in ("mine", "theirs")

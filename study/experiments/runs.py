@@ -198,6 +198,6 @@ def flags(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
 
 def flags_of_trials(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
     parser = flags(about, data_dir)
-    help = "cpu or cuda, to train and embed on; seconds stay those of a CPU"
-    parser.add_argument("--device", default="cpu", help=help)
+    what = "auto, cpu or cuda, to train and embed on; seconds stay those of a CPU"
+    parser.add_argument("--device", default="auto", help=what)
     return parser

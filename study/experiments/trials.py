@@ -166,7 +166,7 @@ def probe_bag(
         for images in (data.train_images, data.test_images)
     )
     knn = empssl.knn_probe(h, data.train_labels, test_h, data.test_labels)
-    # A GPU is no faster than one core at steps as small as these.
+    # Steps as small as these are mostly Python's work; on a GPU they would hold up others' trials.
     h, test_h = h.cpu(), test_h.cpu()
     top1, _ = empssl.linear_probe(h, data.train_labels, test_h, data.test_labels)
     return {"linear_top1": top1, "knn_top1": knn}
@@ -180,6 +180,7 @@ def make_all(
     One whose loss is not finite is a miss, with an accuracy of 0, and the others go on. One that
     another process makes is waited for, and made here should that process end without it.
     """
+    trials = [trial.on(device) for trial in trials]
 
     def missing() -> list[Trial]:
         return [trial for trial in trials if not trial.record(table)]
@@ -192,7 +193,7 @@ def make_all(
             for trial in left:
                 with claimed(f"{table} {trial.name} {trial.seed}") as mine:
                     if mine and not trial.record(table):
-                        keep(table, record_of(trial.on(device), data, make, code))
+                        keep(table, record_of(trial, data, make, code))
                         bar.update()
             left = missing()
             bar.n = bar.total - len(left)
