@@ -261,7 +261,6 @@ def test_the_laptops_figures_are_drawn_in_the_readme(stand_in, monkeypatch, caps
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_programs_are_run_once_probed_resumed_and_keep_their_records(in_tmp, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))

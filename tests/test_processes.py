@@ -55,8 +55,8 @@ def shapes_run():
 
     def start(*arguments):
         recipe = (
-            "--dataset shapes --subset 2000 --preset laptop --device cpu --patches 3 --batch 20 "
-            "--hidden 16 --projector 16 --dim 8 --eval-patches 4"
+            "--dataset shapes --subset 400 --preset laptop --device cpu --patches 3 --batch 20 "
+            "--patch-size 8 --hidden 16 --projector 16 --dim 8 --eval-patches 1"
         )
         started.append(torchrun(ROOT / "empssl.py", *recipe.split(), *arguments))
         return started[-1]
@@ -88,7 +88,7 @@ def assert_same(ours, alone):
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
     started = torchrun(ROOT / "tests" / "two_processes.py", tmp_path)
-    output = started.communicate(timeout=100)[0]
+    output = started.communicate(timeout=200)[0]
     assert started.returncode == 0, output
     alone = two_processes.training(steps=3)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -112,7 +112,7 @@ def test_a_batch_that_cannot_be_split_is_refused_once(shapes_run):
 @pytest.mark.slow
 def test_torchrun_trains_stops_by_sigterm_and_goes_on(shapes_run):
     run = RUNS / "two"
-    started = shapes_run("--epochs", "30", "--name", "two", "--save-every", "0")
+    started = shapes_run("--epochs", "150", "--name", "two", "--save-every", "0")
     wait_for(run / "checkpoint.pt", started)
     started.send_signal(signal.SIGTERM)
     output = started.communicate(timeout=60)[0]
@@ -122,10 +122,10 @@ def test_torchrun_trains_stops_by_sigterm_and_goes_on(shapes_run):
     assert 0 < saved["step"] < 3000
 
     config = json.loads((run / "config.json").read_text())
-    soon = {"epochs": -(-saved["step"] // 100), "save_every": 5.0}
+    soon = {"epochs": -(-saved["step"] // 20), "save_every": 5.0}
     (run / "config.json").write_text(json.dumps(config | soon))
     again = torchrun(ROOT / "empssl.py", "--resume", run)
-    output = again.communicate(timeout=100)[0]
+    output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
     assert output.count("linear probe 0") == 1
     assert "each process uses the statistics of its own images" in output
@@ -133,7 +133,7 @@ def test_torchrun_trains_stops_by_sigterm_and_goes_on(shapes_run):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_within_a_minute_with_a_message(shapes_run):
-    started = shapes_run("--epochs", "30", "--name", "two", "--save-every", "0")
+    started = shapes_run("--epochs", "150", "--name", "two", "--save-every", "0")
     wait_for(RUNS / "two" / "checkpoint.pt", started)
     pgrep = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True)
     os.kill(int(pgrep.stdout.split()[1]), signal.SIGKILL)
