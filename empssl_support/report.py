@@ -124,6 +124,8 @@ def write(run: Path) -> None:
     """
     plt = pyplot()
     config, log = read_run(run)
+    # The map takes most of the time, and says nothing before it is there.
+    print("drawing a page of the run", flush=True)
     shown = read_kept(run, config.get("data_dir", ""))
     script, element = "", ""
     if shown and len(shown.features) > 1:

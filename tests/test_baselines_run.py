@@ -166,7 +166,7 @@ def test_the_command(in_tmp):
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "written to runs/a\ndrawn: runs/a/report.html" in ran.stdout
+    assert "written to runs/a\ndrawing a page of the run\ndrawn: runs/a/report.html" in ran.stdout
     assert "RuntimeWarning" not in ran.stderr
 
 
