@@ -916,7 +916,7 @@ def probe(train_h: Features, test_h: Features, data: Dataset) -> dict:
     record = {"linear_top1": top1, "linear_top5": top5}
     if train_h.quadrants is not None:
         # Four times as many features overfit at the official rate: this one was chosen on held-out
-        # training images, of CIFAR-10 and of shapes.
+        # training images (docs/laptop.md).
         wide = (train_h.quadrants, y, test_h.quadrants, test_y)
         record["quadrants_top1"], _ = from_first(lambda: linear_probe(*wide, lr=0.003))
     record["knn_top1"] = from_first(lambda: knn_probe(train_h.bag, y, test_h.bag, test_y))

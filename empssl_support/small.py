@@ -1,8 +1,8 @@
 """The encoder for CPUs: a small residual network that reads 16x16 patches.
 
 A dense 3x3 convolution does so much arithmetic with each number that it reads that a CPU's vector
-units are kept busy. At equal seconds on two cores this did better than depthwise convolutions, with
-less arithmetic and mostly waiting for memory (docs/laptop.md).
+units are kept busy. In as many epochs it did better than depthwise convolutions, which have less
+arithmetic and mostly wait for memory (docs/laptop.md).
 """
 
 import torch
@@ -64,7 +64,6 @@ def whiten(first: nn.Conv2d, images: Tensor, generator: torch.Generator | None =
 
     Neighbouring pixels are nearly equal, so random filters nearly all see the same thing, the
     local brightness. Whitening filters see different things equally strongly, from the first step.
-    They gained about a point of accuracy (docs/laptop.md).
 
     first: a convolution with at least twice as many filters as there are numbers under a filter
         (27, for 3x3 and three channels); its weight is overwritten.

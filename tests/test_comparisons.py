@@ -227,7 +227,8 @@ def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
     keep("transfer", "EMP-SSL there", (0.8, 0.8), there | of_empssl)
     keep("transfer", "SimCLR there", (0.7, 0.7), there | of_empssl | {"method": "simclr"})
     keep("transfer", "untrained there", (0.4, 0.4), there | untrained, raw_pixels_top1=0.3)
-    keep("transfer", "EMP-SSL back", (0.75,), back | of_empssl, source_linear_top1=0.9)
+    own = {"source_linear_top1": 0.9, "source_knn_top1": 0.6}
+    keep("transfer", "EMP-SSL back", (0.75,), back | of_empssl, **own)
     other = {"source": "a", "target": "b", "images": None}
     keep("transfer", "another pair", (0.1,), other | of_empssl)
     raw_pixels, untrained, empssl, simclr, back = rows(comparisons.transfer_table().splitlines())
@@ -239,6 +240,7 @@ def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
     assert simclr["minus EMP-SSL"] == "-10.0 ± 0.0" and simclr["seeds"] == "2"
     # What the other way was trained on is what this way is probed on.
     assert empssl["trained on such images"] == "0.900" and simclr["trained on such images"] == ""
+    assert empssl["by kNN"] == "0.600" and simclr["by kNN"] == ""
     assert back["trained on"] == "photos:5-9" and back["trained on such images"] == ""
 
 

@@ -53,27 +53,51 @@ def test_with_mirror_images_left_and_right_are_the_same(found):
     assert not torch.allclose(mirrored[NAMES.index("16 crops")], ways["16 crops"])
 
 
-def test_each_way_is_probed_on_held_out_images(in_tmp, monkeypatch):
+@pytest.fixture
+def few(in_tmp, monkeypatch):
+    """Small trainings on few images: `shapes`."""
     monkeypatch.setattr(records, "RESULTS", in_tmp / "results")
     monkeypatch.setattr(crops, "IMAGES", 40)
     monkeypatch.setattr(crops, "holdout", functools.partial(trials.holdout, test=20))
-    probe = functools.partial(empssl.linear_probe, epochs=1)
-    monkeypatch.setattr(empssl, "linear_probe", probe)
     shapes = empssl.load_dataset("shapes", subset=300)
     monkeypatch.setattr(crops, "load_dataset", lambda *_: shapes)
-    few = "--patches 2 --batch 20 --hidden 16 --projector 16 --dim 8 --precision float32"
+    flags = "--patches 2 --batch 20 --hidden 16 --projector 16 --dim 8 --precision float32"
     trials_of = crops.trials_of
 
     def small(*how):
-        return [t._replace(flags=f"{t.flags} {few}") for t in trials_of(*how)]
+        return [t._replace(flags=f"{t.flags} {flags}") for t in trials_of(*how)]
 
     monkeypatch.setattr(crops, "trials_of", small)
+    return shapes
+
+
+def test_each_way_is_probed_on_held_out_images(few, monkeypatch):
+    probe = functools.partial(empssl.linear_probe, epochs=1)
+    monkeypatch.setattr(empssl, "linear_probe", probe)
     crops.main(["--seeds", "2"])
     kept = records.read("crops")
-    assert [record["seed"] for record in kept] == [0, 1]
-    for record in kept:
+    made = [(record["name"], record["seed"]) for record in kept]
+    assert made == [("crops", 0), ("crops", 1), ("rates", 0), ("rates", 1)]
+    for record in kept[:2]:
         assert record["metrics"]["patches_seen"] == 3 * 40 * 2
         rows = record["metrics"]["rows"]
         assert [row["what"] for row in rows] == NAMES
         assert [row["crops"] for row in rows] == [4, 9, 16, 25, 32, 16, 16]
         assert all(0 <= row[key] <= 1 for row in rows for key in ("linear_top1", "knn_top1"))
+
+
+def test_bag_and_quadrants_are_probed_at_each_rate(few, monkeypatch):
+    given = []
+
+    def linear_probe(h, y, test_h, test_y, lr):
+        given.append((len(y), len(test_y), h.shape[1], test_h.shape[1], lr))
+        return len(given) / 100, 1.0
+
+    monkeypatch.setattr(empssl, "linear_probe", linear_probe)
+    (trial,) = crops.trials_of("rates", "", 1)
+    metrics = crops.make_rates(trial, few)
+    widths = {"bag": 16, "quadrants": 64}
+    wanted = [(what, lr) for what in widths for lr in (0.03, 0.01, 0.003, 0.001)]
+    assert given == [(40, 20, widths[what], widths[what], lr) for what, lr in wanted]
+    assert [(row["what"], row["lr"]) for row in metrics["rows"]] == wanted
+    assert [row["linear_top1"] for row in metrics["rows"]] == [i / 100 for i in range(1, 9)]

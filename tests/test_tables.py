@@ -204,6 +204,20 @@ def test_kmeans_stands_beside_with_the_seconds_of_all_that_it_does(results):
     )
 
 
+def test_rates_of_the_probe_have_a_row_each_and_are_no_way_to_probe(results):
+    for seed in (0, 1):
+        values = {("bag", 0.03): 0.7, ("bag", 0.003): 0.6}
+        values |= {("quadrants", 0.03): 0.5, ("quadrants", 0.003): 0.8 + seed / 10}
+        rows = [
+            {"what": what, "lr": lr, "linear_top1": top1} for (what, lr), top1 in values.items()
+        ]
+        records.keep("crops", a_record("rates", seed, rows=rows))
+    assert tables.crops() == ""
+    official, tenth = tables.rates().splitlines()[2:]
+    assert official == "| 0.03 | 0.700 ± 0.000 | 0.500 ± 0.000 | 2 |"
+    assert tenth == "| 0.003 | 0.600 ± 0.000 | 0.850 ± 0.071 | 2 |"
+
+
 def test_tries_stand_best_first_beside_what_was_expected_and_are_no_result(results):
     for seed, value in enumerate((0.5, 0.7)):
         metrics = {"linear_top1": value, "quadrants_top1": 0.7, "knn_top1": 0.4}

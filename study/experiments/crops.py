@@ -1,10 +1,11 @@
-"""What to probe of an encoder: how many crops, their mirror images, and which layers.
+"""What to probe of an encoder: how many crops, their mirror images, which layers, at which rate.
 
     python -m study.experiments.crops
 
 An encoder is trained as preset laptop has it, for three epochs on 15,000 of CIFAR-10's training
 images. Then features of these are made in several ways, and scored on 5,000 others; the test images
-stay unseen. Records are kept in crops.jsonl.
+stay unseen. Bag and quadrants are also probed at several learning rates, of such an encoder too.
+Records are kept in crops.jsonl.
 """
 
 import copy
@@ -21,6 +22,7 @@ from study.experiments.runs import flags
 from study.experiments.trials import Trial, holdout, make_all, train
 
 IMAGES = 15_000
+RATES = (0.03, 0.01, 0.003, 0.001)  # of the linear probe; the first is the official one
 
 
 def bags(encoder: empssl.Encoder, images: Tensor, crops: int, precision: str) -> Tensor:
@@ -47,7 +49,7 @@ def ways_to_probe(encoder: empssl.Encoder, images: Tensor, precision: str):
     yield "16 crops, both layers side by side", 16, torch.cat([bag[16], convolutions], 1)
 
 
-def make(trial: Trial, data: Dataset) -> dict:
+def make_ways(trial: Trial, data: Dataset) -> dict:
     """The metrics of the training, and a row for each way to probe the encoder."""
     config = trial.settings()
     part = holdout(data, IMAGES)
@@ -63,10 +65,27 @@ def make(trial: Trial, data: Dataset) -> dict:
     return metrics | {"rows": rows}
 
 
-def trials_of(data_dir: str, seeds: int) -> list[Trial]:
+def make_rates(trial: Trial, data: Dataset) -> dict:
+    """The metrics of the training, and a row for each features and rate of the linear probe."""
+    config = trial.settings()
+    part = holdout(data, IMAGES)
+    encoder, metrics = train(config, part)
+    h, test_h = empssl.features_of_splits(encoder, part, config)
+    rows = []
+    for what in ("bag", "quadrants"):
+        features, test_features = getattr(h, what), getattr(test_h, what)
+        for lr in RATES:
+            top1, _ = empssl.linear_probe(
+                features, part.train_labels, test_features, part.test_labels, lr=lr
+            )
+            rows.append({"what": what, "lr": lr, "linear_top1": top1})
+    return metrics | {"rows": rows}
+
+
+def trials_of(name: str, data_dir: str, seeds: int) -> list[Trial]:
     where = f"--dataset imagefolder --data-dir {shlex.quote(data_dir)}"
     preset = f"--method empssl {where} --preset laptop --device cpu --epochs 3"
-    return [Trial("crops", preset, seed) for seed in range(seeds)]
+    return [Trial(name, preset, seed) for seed in range(seeds)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     typed = parser.parse_args(argv)
     keep_freed_memory()
     data = load_dataset("imagefolder", typed.data_dir)
-    make_all("crops", trials_of(typed.data_dir, typed.seeds), data, make)
+    for name, make in (("crops", make_ways), ("rates", make_rates)):
+        make_all("crops", trials_of(name, typed.data_dir, typed.seeds), data, make)
 
 
 if __name__ == "__main__":

@@ -131,13 +131,24 @@ def changed(run: dict) -> str:
 def crops() -> str:
     """What is probed of the same encoders, one a seed."""
     rows = []
-    found = [row for run in read("crops") for row in run["metrics"]["rows"]]
+    found = [row for run in named("crops", "crops") for row in run["metrics"]["rows"]]
     for what, same in by_key(found, "what").items():
         scores = [{"metrics": row} for row in same]
         figures = [accuracy(scores, key) for key in ("linear_top1", "knn_top1")]
         rows.append([what, same[0]["crops"], *figures, len(same)])
     columns = ["what is probed", "crops encoded", "bag of patches", "kNN", "seeds"]
     return table(columns, rows)
+
+
+def rates() -> str:
+    """Bag and quadrants of the same encoders, one a seed, by the rate of the linear probe."""
+    rows = []
+    found = [row for run in named("crops", "rates") for row in run["metrics"]["rows"]]
+    for lr, same in by_key(found, "lr").items():
+        of_each = by_key([row | {"metrics": row} for row in same], "what")
+        bag, quadrants = of_each["bag"], of_each["quadrants"]
+        rows.append([f"{lr:g}", accuracy(bag), accuracy(quadrants), len(bag)])
+    return table(["rate of the probe", "bag of patches", "quadrants", "seeds"], rows)
 
 
 # ---- the compiled ops ----
@@ -230,6 +241,7 @@ TABLES = {
     "result": result,
     "laptop-tries": laptop_tries,
     "crops": crops,
+    "rates": rates,
     "ops": ops,
     "step": step,
     "official": official,
