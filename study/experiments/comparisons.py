@@ -111,11 +111,12 @@ def ten_minutes() -> str:
         curve = minutes.curve_of(first)
         reached = [seconds_to(wanted, curve) for wanted in ACCURACIES]
         spent = [f"{curve[-1][0]:,.0f}", first["epochs"]]
-        rows.append([name, figures[0], behind, *figures[1:], *spent, *reached, len(runs)])
+        made = [len(runs), "; ".join(processors(runs))]
+        rows.append([name, figures[0], behind, *figures[1:], *spent, *reached, *made])
     columns = ["method", "bag of patches", "minus EMP-SSL", "quadrants", "kNN", "seconds, reckoned"]
     columns += ["epochs"]
     columns += [f"seconds to {wanted:.2f}" for wanted in ACCURACIES]
-    return table([*columns, "seeds"], rows)
+    return table([*columns, "seeds", "on"], rows)
 
 
 def seconds_to(wanted: float, curve: list[tuple[float, float]]) -> str:
