@@ -21,13 +21,14 @@ every image, and row i*b + j of anything flattened is patch i of image j.
     python empssl.py --dataset cifar10 --epochs 10
 """
 
-import empssl_support  # noqa: F401  (before torch: it says how torch's idle threads are to wait)
+import empssl_support  # noqa: F401  (before torch: it sets how torch's idle threads wait)
 
 # isort: split
 import dataclasses
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +70,12 @@ from empssl_support.small import small_backbone, whiten
 
 __all__ = [
     "Augmentation",
+    "Config",
     "Encoder",
     "LARS",
+    "Muon",
+    "Objective",
+    "PRESETS",
     "coding_rate",
     "effective_rank",
     "embed",
@@ -84,19 +89,25 @@ __all__ = [
     "load_dataset",
     "main",
     "neighbours_kept",
+    "new_encoder",
     "sample_patches",
     "train",
+    "training_augmentation",
 ]
 
 
 # ---- Settings -----------------------------------------------------------------------------------
-# Every field is a flag, `--patch-size` and so on. The method's defaults are the paper's recipe, as
-# its code has it for 20 patches an image, for one epoch. A preset is a set of other defaults.
+# Every field is a flag, `--patch-size` and so on. The method's defaults are those of the official
+# code, for 20 patches an image and one epoch. A preset is a set of other defaults.
 
 
 @dataclass
 class Config:
-    """All that a run is told."""
+    """The settings of a run.
+
+    A command line may leave `device`, `precision` and `patch_size` to the machine and the images.
+    In Python give these three yourself.
+    """
 
     # The data.
     dataset: str = flag("cifar10", "data set", choices=DATASETS)
@@ -123,9 +134,11 @@ class Config:
         "lars", "what updates the weights", choices=("lars", "muon", "sgd", "adamw")
     )
     lr: float = flag(0.3, "learning rate at the start", above=0)
-    weight_decay: float = flag(1e-4, "weight decay; with LARS not of biases and BatchNorm", least=0)
+    weight_decay: float = flag(
+        1e-4, "weight decay; LARS and Muon spare biases, and Muon its own matrices too", least=0
+    )
     eta: float = flag(0.005, "trust coefficient of LARS", least=0)
-    size_schedule: str = flag(None, "patches of several sizes, one after the other: 16:0.7,32:0.3")
+    size_schedule: str = flag(None, "sides of patches and their shares of the steps: 16:0.7,32:0.3")
     drop_last_stage: bool = flag(False, "leave the backbone's last stage out")
 
     # The evaluation.
@@ -179,8 +192,8 @@ PRESETS = {
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
     """A generator of random numbers that (seed, purpose, step) determine.
 
-    So there is no state to save, and every process draws the same. PyTorch's CPU generator keeps
-    32 bits of its seed, hence a hash of the three rather than their sum.
+    So there is no state to save, and every process draws the same. PyTorch's CPU generator uses
+    only 32 bits of its seed, so the three are hashed to 32 bits.
     """
     digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -196,8 +209,8 @@ def dtype_of_patches(precision: str) -> torch.dtype:
 
 # ---- Patches (paper section 3.1) ----------------------------------------------------------------
 # `sample_patches` draws the numbers that describe each patch; nothing else about patches is random.
-# `extract_patches` is a pure function of them: (n*b, 3, s, s), patch-major. It is compiled;
-# empssl_support/pixels.py is the same in plain PyTorch.
+# `extract_patches` is a pure function of them: (n*b, 3, s, s), patch-major. It is a compiled op
+# where that was built; empssl_support/pixels.py is the same in plain PyTorch.
 
 
 @dataclass
@@ -259,12 +272,16 @@ def sample_patches(
 ) -> Tensor:
     """Draw what describes n patches of each of b images of `image_size` (H, W).
 
-    Returns float32 `(n, b, K)` on the CPU, with columns as in `empssl_support.pixels.COLUMNS`. What
-    does not act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of
-    whole pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut
-    to the image, where torchvision draws again. A list holds an augmentation for each of n patches.
+    Returns float32 `(n, b, K)` on the CPU. The K columns are top, left, height, width, flip,
+    brightness, contrast, saturation, hue, order, grey, sigma and solarize. What does not act is
+    neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of whole pixels,
+    sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut to the image,
+    where torchvision draws again. A list holds an augmentation for each of n patches; one of
+    another length raises `ValueError`. Without a generator, chance is PyTorch's global one.
     """
     if isinstance(augmentation, list):
+        if len(augmentation) != n:
+            raise ValueError(f"there are {len(augmentation)} augmentations for {n} patches.")
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
@@ -352,14 +369,14 @@ class Encoder(nn.Module):
             "dim": dim,
             "drop_last_stage": drop_last_stage,
         }
-        self.image_size = 2 * patch_size  # a guess; new_encoder and load set what it is trained on
+        self.image_size = 2 * patch_size  # a guess, until training or a file says what it was
         if backbone == "resnet18":
             self.backbone, width = resnet18_backbone(patch_size, drop_last_stage)
         elif backbone == "small":
             self.backbone, width = small_backbone(drop_last_stage)
         else:
             raise ValueError(f"There is no backbone {backbone!r}; choose resnet18 or small.")
-        # The representation, which is what gets probed: 4096 features in the official code.
+        # The representation: 4096 features in the official code.
         self.represent = nn.Sequential(
             nn.Linear(width, hidden),
             nn.BatchNorm1d(hidden),
@@ -475,8 +492,8 @@ def coding_rate(
     matrix. With `reduction="none"` there is a value a matrix, `(...)`. Raises `ValueError` for
     another reduction, and PyTorch's `RuntimeError` for a scale that does not expand.
 
-    Float32 holds on a collapsed batch while scale times the sum of z's squares is below a million;
-    of unit rows it is d / eps2. Give `z.double()` beyond.
+    On a collapsed batch float32 is accurate while scale times the sum of z's squares, d / eps2 for
+    unit rows, is below a million. Beyond that give `z.double()`.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; give mean or none.")
@@ -486,10 +503,11 @@ def coding_rate(
         z = at_least_float32(z)
         if isinstance(scale, Tensor):
             scale = scale.to(z).expand(z.shape[:-2])[..., None, None]  # (..., 1, 1)
-        # By Sylvester's identity Z Z^T has the same determinant as Z^T Z: take the smaller one.
+        # det(I + c Z Z^T) = det(I + c Z^T Z), by Sylvester's identity: take the smaller product.
         gram = z @ z.mT if b < d else z.mT @ z  # (..., k, k), k = min(b, d)
         identity = torch.eye(min(b, d), dtype=z.dtype, device=z.device)
-        R = 1 / 2 * logdet_spd(identity + scale * gram)[0]  # (...)
+        logdet, _ = logdet_spd(identity + scale * gram)  # the inverse beside it is its gradient
+        R = 1 / 2 * logdet  # (...)
         return R.mean() if reduction == "mean" else R
 
 
@@ -519,8 +537,9 @@ def at_least_float32(z: Tensor) -> Tensor:
 class Objective(nn.Module):
     """What training minimises, `-(R + lambda D)`, and the two terms with their own signs.
 
-    `train` calls it with the embeddings z (n, b, d), this process's patches x (n*b, 3, s, s), and
-    the images' numbers in the data set, index (b,). Other methods put their own in its place.
+    `train` calls it with the embeddings z (n, b, d) and the rows in the data set, index (b,), of
+    the whole batch, and with the patches x of this process's images alone, (n*b, 3, s, s) where
+    there is one process. Other methods put their own in its place.
     """
 
     def __init__(self, lam: float = 200.0, eps2: float = 0.2):
@@ -546,7 +565,7 @@ def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
 class LARS(torch.optim.Optimizer):
     """SGD with Nesterov momentum, on gradients that LARS has scaled.
 
-    Of a weight p with gradient g, for tensors whose number of dimensions is not 1:
+    Of a weight p with gradient g, where p does not have exactly one dimension:
 
         trust = eta |p| / (|g| + weight_decay |p| + 1e-8)
         g <- (g + weight_decay p) min(trust / lr, 1),   or g itself where |p| or |g| is 0
@@ -589,7 +608,7 @@ class LARS(torch.optim.Optimizer):
         p.sub_(lr * self.with_momentum(p, g, group["momentum"]))
 
     def with_momentum(self, p: Tensor, g: Tensor, momentum: float) -> Tensor:
-        """Nesterov's: the gradient, and beside it the velocity to which it has been added."""
+        """Nesterov's step: v <- momentum v + g, and then g + momentum v."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(g)
@@ -611,11 +630,12 @@ class Muon(LARS):
     Of a matrix p with gradient g (Jordan et al., kellerjordan.github.io/posts/muon):
 
         v <- momentum v + g
-        p <- p - lr / 6 max(1, rows / columns)^(1/2) orthogonal(g + momentum v)
+        p <- p - (lr / 6) sqrt(max(1, rows / columns)) orthogonal(g + momentum v)
 
-    A gradient's few strong directions would drown the others; here a step goes as far in each of
-    them. The sixth makes one learning rate suit both rules. Matrices have no decay. A convolution's
-    filters are the rows of its matrix. `dtype` is that of the products in `orthogonal`.
+    A gradient has a few strong directions, which would drown the others; this step is about as long
+    in all of them. Dividing by 6 lets one learning rate serve both rules. Matrices have no decay. A
+    convolution's filters are the rows of its matrix. `dtype` is that of the products in
+    `orthogonal`.
     """
 
     def __init__(self, params, matrices: list[Tensor], dtype=torch.float32, **settings):
@@ -652,7 +672,7 @@ def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
 
 
 def new_optimizer(
-    config: Config, parameters: list[Tensor], matrices: list[Tensor] = ()
+    config: Config, parameters: list[Tensor], matrices: Sequence[Tensor] = ()
 ) -> torch.optim.Optimizer:
     """What updates the parameters; `matrices` are those among them that Muon treats as its own."""
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -684,9 +704,11 @@ def train(
 ) -> dict:
     """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. `run` logs, saves and
-    resumes. Under torchrun each process encodes its share of a batch; the loss is of all b. Returns
-    the last R and D, seconds, patches. Raises `UsageError` where b > N, and what `Run` raises.
+    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. augmentation: one, or
+    a list of one for each of the n patches. objective: a module called as `Objective` is, which is
+    the default. run: a `Run` logs, saves and resumes. Under torchrun each process encodes its share
+    of a batch; the loss is of all b. Returns a dict: R, D (or the objective's other terms) of the
+    last step, train_seconds, patches_seen. Raises `UsageError` where b > N, and what `Run` raises.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
@@ -696,7 +718,7 @@ def train(
     total = config.epochs * steps
     sides = sides_of_patches(config, total)  # s, of each step
     device, dtype = next(encoder.parameters()).device, dtype_of_patches(config.precision)
-    mine = share(b)  # of a batch's images, where several processes share it
+    mine = share(b)  # the slice of a batch that this process encodes
 
     objective = objective or Objective(config.lam, config.eps2)
     parameters = [*encoder.parameters(), *objective.parameters()]
@@ -704,8 +726,9 @@ def train(
     run = run or Run()
     first = run.restore(encoder=encoder, optimizer=optimizer, objective=objective)
     model = distribute(encoder, config.compile)
+    encoder.image_size = min(image_size)
 
-    for t in run.steps(config.epochs, steps, n * b):  # with a progress bar and a clock
+    for t in run.steps(config.epochs, steps, n * b):  # from `first` on, with a progress bar
         epoch, i = divmod(t, steps)
         if i == 0 or t == first:
             order = torch.randperm(N, generator=generator(seed, "order", epoch))
@@ -727,7 +750,7 @@ def train(
         loss.backward()
         optimizer.step()
 
-        run.after_step(t, loss, terms)  # log, check, save, stop
+        run.after_step(t, loss, terms)  # check, log, evaluate at an epoch's end, save, stop
     return run.summary()
 
 
@@ -747,11 +770,11 @@ def embed(
     """The bag of patches: each image's representation, averaged over its patches.
 
     images `(N, 3, H, W)` uint8 -> `(N, hidden)` float32, on the encoder's device. Patches are crops
-    on an even grid or, with an `augmentation`, drawn (others on a GPU than on a CPU, which takes
-    fewer images at once). Each is encoded apart. With `quadrants` the grid's four quadrants are
-    averaged apart and stand side by side, `(N, 4 * hidden)`: top left, top right, bottom left,
-    bottom right. Puts the encoder into eval mode. Raises `UsageError` where `patches` makes no such
-    grid, or no quadrants.
+    on an even grid, not recoloured, or with an `augmentation` drawn at random (on a GPU others than
+    on a CPU, which takes fewer images at once). The official code draws 128, as in training. Each
+    is encoded by itself. With `quadrants` there is a mean for each quadrant of the grid, side by
+    side, `(N, 4 * hidden)`: top left, top right, bottom left, bottom right. Puts the encoder into
+    eval mode. Raises `UsageError` where `patches` makes no such grid, or no quadrants.
     """
     k = math.isqrt(patches)
     if quadrants and (augmentation or k % 2):
@@ -763,7 +786,7 @@ def embed(
     width = encoder.architecture["hidden"] * (4 if quadrants else 1)
     bags = torch.zeros(N, width, device=device)
 
-    # As many images at once as keep a CPU's cache, or a GPU, busy; each process has its share.
+    # As many images at once as fit a CPU's cache, or fill a GPU; each process has its share.
     at_once = max(1, 2 ** (19 if device.type == "cpu" else 23) // (patches * s * s))
     starts = range(0, N, at_once)
     for start in progress(starts[share(len(starts))], desc="embedding", unit="batch", leave=False):
@@ -804,6 +827,7 @@ def linear_probe(
     epoch, not the best one seen on the test data, and the last, smaller batch is kept.
     """
     device = train_features.device
+    test_features = test_features.to(device)
     y, test_labels = train_labels.to(device), test_labels.to(device)
     classes = int(max(y.max(), test_labels.max())) + 1
     with torch.random.fork_rng(devices=[]):
@@ -841,6 +865,7 @@ def knn_probe(
     Nearest by cosine; each votes for its class with the weight exp(cosine / temperature).
     """
     bank = F.normalize(train_features, dim=1)
+    test_features = test_features.to(bank.device)
     y, test_labels = train_labels.to(bank.device), test_labels.to(bank.device)
     hits = 0
     blocks = torch.arange(len(test_labels), device=bank.device).split(1000)
@@ -858,7 +883,7 @@ def effective_rank(h: Tensor) -> float:
     """How many dimensions the representations `h (N, d)` fill: from 1 to min(N, d), or near it.
 
     RankMe, Garrido et al., arXiv 2210.02885, section 3: the exponential of the entropy of the
-    singular values, which are not centred. Asks for no labels. NaN where h is not finite.
+    singular values of h, which is not centred. Needs no labels. NaN where h is not finite.
     """
     if not h.isfinite().all():
         return math.nan
@@ -873,7 +898,7 @@ def neighbours_kept(h1: Tensor, h2: Tensor, k: int = 10) -> float:
 
     h1 and h2 `(N, d)` are representations of the same N > 1 images, from two draws of patches.
     Nearest by cosine among the N, of which an image itself does not count. By chance it is about
-    k / (N - 1), so of at most k others it says nothing and is 1.
+    k / (N - 1); where N - 1 <= k it is 1 and says nothing.
     """
     N = len(h1)
     k = min(k, N - 1)
@@ -953,7 +978,7 @@ def untrained_encoder(config: Config, images: Tensor) -> Encoder:
 
 @torch.no_grad()
 def settle(encoder: Encoder, images: Tensor, augmentation: Augmentation, config: Config) -> None:
-    """Have the BatchNorms average anew what patches of these images give."""
+    """Average the BatchNorms' statistics anew, over patches of these images."""
     encoder.train()
     for layer in encoder.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -970,8 +995,8 @@ def settle(encoder: Encoder, images: Tensor, augmentation: Augmentation, config:
 def score(encoder: Encoder, images: Tensor, config: Config) -> dict:
     """What can be said without labels, in a few seconds: see docs/running.md.
 
-    The effective rank is of four crops of each of at most 2,048 images, on the grid. Neighbours are
-    kept from one draw of four training patches to another, among the first 1,024 of them.
+    Effective rank: of four grid crops of each of up to 2,048 images. Neighbours kept: from one draw
+    of four training patches to another, among the first 1,024 of those images.
     """
     some = scored_images(images)
     few = some[:1024]
@@ -1015,7 +1040,7 @@ def knn_within_training(encoder: Encoder, data: Dataset, config: Config) -> dict
 
 
 def method(config: Config, data: Dataset) -> tuple[Encoder, Augmentation, nn.Module]:
-    """What is trained, on which patches, and what for; study/baselines has others."""
+    """The encoder, augmentation and objective of a run; study/baselines has others."""
     if config.patches < 2:
         raise UsageError(
             "--patches is 1; the invariance compares an image's patches, so give at least 2."
@@ -1060,7 +1085,10 @@ def carry_out(config: Config, data: Dataset, method) -> dict:
     else:
         encoder = untrained_encoder(config, data.train_images)
     if config.checkpoint and not config.eval_only:  # for --export-features alone
-        export_features(config.export_features, *features_of_splits(encoder, data, config), data)
+        bag = bag_to_probe(encoder, data.train_images, config)
+        tests = data.test_images
+        test_bag = None if tests is None else bag_to_probe(encoder, tests, config)
+        export_features(config.export_features, bag, test_bag, data)
         return {}
 
     about = dataclasses.asdict(config) | provenance(config.device)
@@ -1109,7 +1137,8 @@ def train_in(
         return record | knn_within_training(encoder, data, config)
 
     run = Run(folder, config.save_every, at_epoch_end)
-    if config.batch > 1:  # a single image has nothing to be spread out from
+    # The run warns where R comes near this; a single image has nothing to be spread out from.
+    if config.batch > 1:
         run.collapsed_rate = collapsed_rate(config.dim, getattr(objective, "eps2", 0.2))
     return train(encoder, data.train_images, config, augmentation, objective, run)
 
@@ -1119,7 +1148,8 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
     started = time.perf_counter()
     train_h, test_h = features_of_splits(encoder, data, config)
     if config.export_features:
-        export_features(config.export_features, train_h, test_h, data)
+        test_bag = None if test_h is None else test_h.bag
+        export_features(config.export_features, train_h.bag, test_bag, data)
     record = score(encoder, data.train_images, config)
     if test_h is not None:
         record |= probe(train_h, test_h, data)
@@ -1135,16 +1165,17 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
         some = scored_images(data.train_images)
         record["untrained_effective_rank"] = rank_of(untrained, some, config)
     if test_h is None:
-        record |= results_without_labels(folder, train_h, untrained, data, config)
+        keep_without_labels(folder, train_h, untrained, data, config)
     else:
         record |= results_with_labels(folder, test_h, untrained, data, config)
     tell(record)
     return record | {"probe_seconds": time.perf_counter() - started}
 
 
-def results_without_labels(
+def keep_without_labels(
     folder: RunFolder, h: Tensor, untrained: Encoder | None, data: Dataset, config: Config
-) -> dict:
+) -> None:
+    """Keep all features, and what the report shows."""
     print("These images have no labels: their features are kept, and nothing is probed.")
     kept = {"train_features": halved(h), "files": data.files}
     from_first(lambda: write_features(folder.path / "features.npz", **kept))
@@ -1152,16 +1183,18 @@ def results_without_labels(
     some = shown_in_report(len(h), config)
     images = pick(data.train_images, some)
     before = None if untrained is None else bag_to_probe(untrained, images, config)
-    files = data.files and [data.files[row] for row in some.tolist()]
+    files = [data.files[row] for row in some.tolist()] if data.files else None
     shown = {"images": images, "features": pick(h, some), "untrained": before, "files": files}
     from_first(lambda: report.keep(folder.path, **shown))
-    return {}
 
 
 def results_with_labels(
     folder: RunFolder, test_h: Tensor, untrained: Encoder | None, data: Dataset, config: Config
 ) -> dict:
-    """What learning has to beat; `untrained` is None where the encoder is itself untrained."""
+    """Keep the test features and what the report shows; returns what learning has to beat.
+
+    `untrained` is None where the encoder is itself untrained.
+    """
     kept = {"test_features": halved(test_h), "test_labels": data.test_labels}
     kept["classes"] = data.classes
     from_first(lambda: write_features(folder.path / "test_features.npz", **kept))
@@ -1169,7 +1202,8 @@ def results_with_labels(
     some = shown_in_report(len(test_h), config)
     shown = {"images": pick(data.test_images, some), "features": pick(test_h, some)}
     shown |= {"labels": data.test_labels[some], "classes": data.classes}
-    shown["files"] = data.test_files and [data.test_files[row] for row in some.tolist()]
+    files = data.test_files
+    shown["files"] = [files[row] for row in some.tolist()] if files else None
     if untrained is None:
         top1, _ = probe_pixels(data, linear_probe)
         record = {"raw_pixels_top1": top1, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
@@ -1193,6 +1227,17 @@ def pick(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows.to(x.device)]
 
 
+LABELS = {
+    "linear_top1": "linear probe of the bag",
+    "linear_top5": "its top-5",
+    "quadrants_top1": "linear probe of the quadrants",
+    "knn_top1": "kNN of the bag",
+    "untrained_knn_top1": "kNN of the untrained encoder",
+    "raw_pixels_top1": "linear probe of raw pixels",
+    "raw_pixels_knn_top1": "kNN of raw pixels",
+}
+
+
 def tell(record: dict) -> None:
     accuracies = [f"{what} {record[key]:.4f}" for key, what in LABELS.items() if key in record]
     if accuracies:
@@ -1203,31 +1248,23 @@ def tell(record: dict) -> None:
     print(f"effective rank {record['effective_rank']:.1f}{untrained}, neighbours kept {kept:.3f}")
 
 
-LABELS = {
-    "linear_top1": "bag of patches: linear probe",
-    "linear_top5": "top-5",
-    "quadrants_top1": "of the quadrants",
-    "knn_top1": "kNN",
-    "untrained_knn_top1": "of the untrained encoder",
-    "raw_pixels_top1": "linear probe of raw pixels",
-    "raw_pixels_knn_top1": "kNN of raw pixels",
-}
-
-
 def features_of_splits(
     encoder: Encoder, data: Dataset, config: Config
 ) -> tuple[Features, Features | None]:
-    """Features of the training and the test images; without labels there are no test images."""
-    train_h = features_to_probe(encoder, data.train_images, config)
+    """Features of the training and the test images.
+
+    Without labels there are no test images, nothing is probed, and the bags alone are made.
+    """
     if data.test_images is None:
-        return train_h, None
+        return Features(bag_to_probe(encoder, data.train_images, config), None), None
+    train_h = features_to_probe(encoder, data.train_images, config)
     return train_h, features_to_probe(encoder, data.test_images, config)
 
 
-def export_features(path: str, train_h: Features, test_h: Features | None, data: Dataset) -> None:
-    bag = None if test_h is None else test_h.bag
-    from_first(lambda: write_splits(Path(path), train_h.bag, bag, data))
-    print(f"features of {len(train_h.bag):,} training images written to {path}")
+def export_features(path: str, bag: Tensor, test_bag: Tensor | None, data: Dataset) -> None:
+    from_first(lambda: write_splits(Path(path), bag, test_bag, data))
+    tests = "" if test_bag is None else f" and {len(test_bag):,} test images"
+    print(f"features of {len(bag):,} training images{tests} written to {path}")
 
 
 def show_nearest(config: Config) -> None:
@@ -1256,7 +1293,7 @@ def announce(config: Config, images: Tensor) -> None:
     print(
         f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, "
         f"{steps:,} steps, {steps * config.batch * config.patches:,} patches of "
-        f"{', then '.join(f'{s}x{s}' for s in sides)} to come"
+        f"{', then '.join(f'{s}x{s}' for s in sides)} in all"
     )
     describe_ops(config)
 
@@ -1286,7 +1323,7 @@ def main(argv: list[str] | None = None) -> dict:
     """The command line: returns the run's last record, or exits with one sentence and a code.
 
     Codes: 2 for a mistake in arguments or data, 1 for a loss that is not finite, 128 + its number
-    for a signal.
+    for a signal; all of them are in docs/running.md.
     """
     about = "Train EMP-SSL on images without labels, then probe its features."
     with one_sentence():
@@ -1296,7 +1333,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def command() -> None:
-    """The console command `empssl`, whose exit code would be what it returns."""
+    """The console command `empssl`. It returns None: what it returned would be its exit code."""
     main()
 
 

@@ -82,7 +82,7 @@ def about_training(config, data: Dataset) -> str:
     patches = total * config.batch * config.patches
     return (
         f"{config.epochs} x {steps:,} steps of {config.batch} images and {config.patches} patches "
-        f"of each; {patches:,} patches of {', then '.join(f'{s}x{s}' for s in sides)} to come; "
+        f"of each; {patches:,} patches of {', then '.join(f'{s}x{s}' for s in sides)} in all; "
         f"{left_out} images of an epoch left out"
     )
 

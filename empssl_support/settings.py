@@ -232,7 +232,8 @@ def check_sizes(config, N: int, H: int, W: int) -> None:
     """Refuse, before anything is written, sizes that do not fit the data or this machine."""
     sides = [side for side, _ in parse_size_schedule(config.size_schedule)]
     s = max([config.patch_size, *sides])
-    if s > min(H, W):
+    # An encoder that is there reads patches of its own side: then a smaller image's are enlarged.
+    if s > min(H, W) and not config.checkpoint:
         raise UsageError(f"--patch-size {s} makes a crop larger than the {H}x{W} images; lower it.")
     memory = memory_of_this_machine()
     if not (config.checkpoint or config.eval_only):

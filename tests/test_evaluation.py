@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import empssl
 from empssl import Augmentation, embed, extract_patches, generator, knn_probe, linear_probe, main
 from empssl_support.data import Dataset
+from empssl_support.files import save_encoder
 from empssl_support.runs import records
 from recipes import SHAPES, TINY, plain_folder, small_encoder
 
@@ -351,8 +352,27 @@ def test_plain_images_train_and_save_features(in_tmp, capsys):
 
 
 @whole_runs
-def test_export_features(in_tmp):
+def test_without_labels_no_quadrants_are_made(in_tmp, encoder):
+    """They are four times as wide, and nothing would probe them."""
+    plain_folder(in_tmp / "plain")
+    data = empssl.load_dataset("imagefolder", "plain")
+    train_h, test_h = empssl.features_of_splits(encoder, data, empssl.Config())
+    assert train_h.bag.shape == (30, 12) and (train_h.quadrants, test_h) == (None, None)
+
+
+@whole_runs
+def test_an_encoder_of_larger_patches_is_probed_on_smaller_images():
+    """Their crops are enlarged; a training on crops larger than its images is refused."""
+    save_encoder(Path("large.pt"), empssl.Encoder("small", 40, 16, 16, 8))
+    record = main([*SHAPES, "--eval-only", "--checkpoint", "large.pt"])
+    assert 0 <= record["linear_top1"] <= 1 and record["checkpoint"] == "large.pt"
+
+
+@whole_runs
+def test_export_features(in_tmp, capsys):
     main([*SHAPES, "--name", "demo", "--export-features", "own.npz"])
+    said = capsys.readouterr().out
+    assert "features of 60 training images and 40 test images written to own.npz" in said
     own, data = np.load("own.npz"), empssl.load_dataset("shapes", subset=60)
     assert own["train_features"].shape == (60, 16)
     assert np.array_equal(own["train_labels"], data.train_labels)
@@ -365,6 +385,7 @@ def test_export_features(in_tmp):
     folder = ["--dataset", "imagefolder", "--data-dir", "plain", *TINY]
     wanted = ["--checkpoint", "runs/demo/encoder.pt", "--export-features", "other.npz"]
     assert main([*folder, *wanted]) == {}
+    assert "features of 30 training images written to other.npz" in capsys.readouterr().out
     other = np.load("other.npz")
     assert other["train_features"].shape == (30, 16) and len(other["files"]) == 30
     assert [p.name for p in RUNS.iterdir() if not p.name.startswith(".")] == ["demo"]

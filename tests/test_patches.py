@@ -343,6 +343,15 @@ def test_everything_can_be_off():
             assert (c[name] == neutral).all(), name
 
 
+def test_a_list_has_an_augmentation_for_each_patch():
+    """One of another length would have the loss compare patches of different images."""
+    still = Augmentation.none()
+    params = sample_patches(5, 2, (32, 32), [Augmentation.none(flip=1.0), still])
+    assert params[..., COLUMNS.index("flip")].tolist() == [[1.0] * 5, [0.0] * 5]
+    with pytest.raises(ValueError, match="there are 2 augmentations for 4 patches"):
+        sample_patches(5, 4, (32, 32), [still, still])
+
+
 def test_a_seed_gives_the_same_patches():
     draw = lambda seed: sample_patches(
         4, 3, (32, 32), Augmentation(), torch.Generator().manual_seed(seed)

@@ -111,7 +111,7 @@ def test_a_schedule_and_other_methods_have_plans(capsys):
     from study.baselines import main as baselines
 
     plan = planned([*SHAPES, "--size-schedule", "8:0.5,16:0.5"], capsys)
-    assert "patches of 8x8, then 16x16 to come" in plan["training"]
+    assert "patches of 8x8, then 16x16 in all" in plan["training"]
     words = [*SHAPES, "--method", "supervised", "--patches", "1", "--augmentation", "light"]
     assert baselines([*words, "--plan"]) == {} and not Path("runs").exists()
     assert "3 steps of 20 images and 1 patches" in capsys.readouterr().out

@@ -74,12 +74,20 @@ def test_the_readmes_encoder_loads_and_embeds(in_tmp):
     encoder = empssl.Encoder("small", 16, hidden=16, projector=16, dim=8)
     (in_tmp / "runs" / "photos").mkdir(parents=True)
     save_encoder(in_tmp / "runs" / "photos" / "encoder.pt", encoder)
-    found = [block for block in blocks("python") if "empssl.load" in block]
+    found = [block for block in blocks("python") if "empssl.load(" in block]
     assert len(found) == 2  # in README.md and docs/running.md
     for code in found:
         names = {"images": torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)}
         exec(code, names)
         assert names["features"].shape == (5, 16)
+
+
+def test_the_training_from_python_trains_and_probes(in_tmp, short_runs):
+    (code,) = [block for block in blocks("python") if "empssl.train(" in block]
+    names = {}
+    exec(code, names)
+    assert names["record"]["patches_seen"] == 50 * 8 and names["encoder"].image_size == 32
+    assert 0 <= names["top1"] <= names["top5"] <= 1
 
 
 def test_the_readmes_method_is_the_codes():

@@ -261,7 +261,7 @@ def test_the_first_lines_say_what_is_to_come(capsys):
     main([*SHAPES, "--epochs", "4", "--name", "demo"])
     said = capsys.readouterr().out
     assert "preset laptop on cpu, float32: 60 images of 32x32" in said
-    assert "12 steps, 720 patches of 16x16 to come" in said
+    assert "12 steps, 720 patches of 16x16 in all" in said
     assert "extract_patches: " in said and "logdet_spd: " in said
     assert "written to runs/demo\n" in said
 

@@ -173,6 +173,12 @@ def test_neither_a_loss_nor_weights_that_are_not_finite_pass(what):
         train(encoder, images, config, Augmentation(), Unsound(what))
 
 
+def test_an_encoder_has_the_size_of_the_images_that_it_was_trained_on():
+    encoder, images, config = tiny_training(steps=1)
+    train(encoder, images[..., :20], config, Augmentation())
+    assert encoder.image_size == 20
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     encoder, images, config = tiny_training(steps=1)
     with pytest.raises(ValueError, match="--batch 8 is larger than the 7 training images"):
