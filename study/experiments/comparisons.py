@@ -77,7 +77,7 @@ def methods_at_equal(budget: str) -> str:
                 len(runs),
             ]
         )
-    columns = ["method", "bag of patches", "minus EMP-SSL", "kNN", "seconds, reckoned", "epochs"]
+    columns = ["method", "bag of patches", "minus EMP-SSL", "kNN", "seconds, estimated", "epochs"]
     return table([*columns, "patches seen", "steps", "seeds"], rows)
 
 
@@ -113,8 +113,8 @@ def ten_minutes() -> str:
         spent = [f"{curve[-1][0]:,.0f}", first["epochs"]]
         made = [len(runs), "; ".join(processors(runs))]
         rows.append([name, figures[0], behind, *figures[1:], *spent, *reached, *made])
-    columns = ["method", "bag of patches", "minus EMP-SSL", "quadrants", "kNN", "seconds, reckoned"]
-    columns += ["epochs"]
+    columns = ["method", "bag of patches", "minus EMP-SSL", "quadrants", "kNN"]
+    columns += ["seconds, estimated", "epochs"]
     columns += [f"seconds to {wanted:.2f}" for wanted in ACCURACIES]
     return table([*columns, "seeds", "on"], rows)
 
@@ -224,7 +224,7 @@ def claims_runs() -> str:
                 "; ".join(processors(runs)),
             ]
         )
-    columns = ["run", "method", "what is changed", "images", "epochs", "seconds, reckoned"]
+    columns = ["run", "method", "what is changed", "images", "epochs", "seconds, estimated"]
     columns += ["patches seen", "steps", "rate", "rates tried"]
     return table([*columns, "bag of patches", "kNN", "seeds", "on"], rows)
 

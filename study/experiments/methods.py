@@ -5,7 +5,7 @@
     python -m study.experiments.methods compare   at equal seconds and at equal epochs, three seeds
 
 All train on 15,000 images with preset laptop's encoder and EMP-SSL's patches as views, for the
-seconds of two epochs of EMP-SSL. How many epochs fit is reckoned from the measured speeds, so that
+seconds of two epochs of EMP-SSL. How many epochs fit is estimated from the measured speeds, so that
 trainings may share the machine. Records are kept in methods.jsonl.
 
 A method is tried with its published optimizer and with Muon, then with the better of the two and

@@ -38,28 +38,28 @@ def draw_ten_minutes() -> None:
         seconds, accuracies = zip(*minutes.curve_of(runs[0]), strict=True)
         axes.plot(seconds, accuracies, color=colour, marker="o", markersize=4)
         mean, deviation = mean_and_deviation(runs, "linear_top1")
-        look = {"marker": "*", "markersize": 15} if method == "empssl" else {"marker": "o"}
-        axes.errorbar(seconds[-1], mean, deviation or 0, color=colour, capsize=3, **look)
-        ends[method] = (seconds[-1], mean)
+        axes.errorbar(seconds[-1], mean, deviation, color=colour, marker="o", capsize=5)
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        ends[method] = (seconds[-1], mean, f"{METHODS[method]}, {seeds}")
     if not ends:
         return
     label_the_ends(axes, ends)
     axes.set_xlim(left=0)
-    axes.set_xlabel("seconds of training, reckoned for two CPU cores")
-    title = """Linear probe of the bag of patches, test images
-lines: one seed; at their ends mean ± deviation over seeds"""
+    axes.set_xlabel("estimated seconds of training on two CPU cores")
+    axes.set_ylabel("linear probe of the bag, test images")
+    title = """Accuracy while training on 50,000 images
+lines: the first seed; last point: mean ± deviation over the seeds"""
     finish(figure, axes, title, "peers.png")
 
 
-def label_the_ends(axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Each method's name beside its line's end, pushed up where it would meet the one below."""
+def label_the_ends(axes, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Each label beside its line's end, pushed up where it would meet the one below."""
     apart = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    right = max(seconds for seconds, _ in ends.values())
+    right = max(seconds for seconds, _, _ in ends.values())
     lowest = float("-inf")
-    for method, (_, mean) in sorted(ends.items(), key=lambda end: end[1][1]):
+    for method, (_, mean, label) in sorted(ends.items(), key=lambda end: end[1][1]):
         lowest = max(mean, lowest + apart)
-        name = METHODS[method]
-        axes.text(1.03 * right, lowest, name, color=COLOURS[method], fontsize=13, va="center")
+        axes.text(1.03 * right, lowest, label, color=COLOURS[method], fontsize=11, va="center")
     axes.set_xlim(right=1.3 * right)
 
 
@@ -69,7 +69,7 @@ def draw_numbers_of_patches() -> None:
         return
     figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
     ways = {"equal ratio": "#2c6fb7", "equal cosine": "#d1342f"}
-    labels = {"equal ratio": "lambda = R_max", "equal cosine": "lambda for equal cosine"}
+    labels = {"equal ratio": "lambda by ratio", "equal cosine": "lambda by cosine"}
     for axes, comparison in zip(panels, patches.COMPARISONS, strict=True):
         for how, colour in ways.items():
             found = {n: of_patches(comparison, n, how) for n in patches.NUMBERS}
@@ -77,7 +77,9 @@ def draw_numbers_of_patches() -> None:
             drawn = [(n, *mean_and_deviation(runs, "linear_top1")) for n, runs in found.items()]
             numbers, means, deviations = zip(*drawn, strict=True)
             deviations = [deviation or 0.0 for deviation in deviations]
-            look = {"color": colour, "marker": "o", "capsize": 3, "label": labels[how]}
+            # The first line is the wider one: it shows where the other lies on top of it.
+            look = {"linewidth": 4, "alpha": 0.6} if how == "equal ratio" else {"capsize": 3}
+            look |= {"color": colour, "marker": "o", "label": labels[how]}
             axes.errorbar(numbers, means, deviations, **look)
         axes.set_xscale("log")
         axes.set_xticks(patches.NUMBERS, patches.NUMBERS)
@@ -85,8 +87,8 @@ def draw_numbers_of_patches() -> None:
         axes.set_xlabel("patches an image")
         axes.legend(frameon=False, loc="lower center")
         titles = {
-            "images": "At equal images: 50 a batch, 300 steps\nmean ± deviation over seeds",
-            "patches": "At equal patches: 1,000 a batch, 300 steps",
+            "images": "At equal images: more patches take more time\nmean ± deviation over seeds",
+            "patches": "At equal patches: in about equal time",
         }
         panels[0].set_ylabel("linear probe, test images")
         finish(figure, axes, titles[comparison], "numbers.png")
@@ -100,21 +102,28 @@ def draw_claims() -> None:
         return
     height = 1.2 + 0.3 * len(found)
     figure, axes = pyplot().subplots(figsize=(9.5, height), layout="constrained")
-    colours = {claims.HOLDS: "#1f9e89", claims.FAILS: "#d1342f", claims.OPEN: "#8b8b8b"}
+    looks = {
+        claims.HOLDS: {"color": "#1f9e89", "marker": "o"},
+        claims.FAILS: {"color": "#d1342f", "marker": "s"},
+        claims.OPEN: {"color": "#8b8b8b", "marker": "o", "markerfacecolor": "white"},
+    }
+    asked = {"color": "black", "marker": "|", "markersize": 16, "markeredgewidth": 2}
+    asked["linestyle"] = "none"
+    axes.axvline(0, color="black", linewidth=0.5)
     for row, (claim, points) in enumerate(found):
-        colour = colours[claims.verdict(points, claim.above)]
-        axes.plot(claims.interval(points), [row, row], color=colour, linewidth=3)
-        axes.plot(statistics.mean(points), row, "o", color=colour)
-        axes.plot([claim.above] * 2, [row - 0.4, row + 0.4], color="black", linewidth=1.5)
-    for said, colour in colours.items():
-        axes.plot([], [], "o-", color=colour, linewidth=3, label=said)
-    axes.plot([], [], color="black", linewidth=1.5, label="what is asked")
+        look = {"linewidth": 3, "markersize": 8} | looks[claims.verdict(points, claim.above)]
+        low, high = claims.interval(points)
+        axes.plot([low, statistics.mean(points), high], [row] * 3, markevery=[1], **look)
+        axes.plot(claim.above, row, **asked)
+    for said, look in looks.items():
+        axes.plot([], [], linewidth=3, markersize=8, label=said, **look)
+    axes.plot([], [], label="asked: the interval lies to its right", **asked)
     axes.legend(frameon=False, loc="lower right")
     names = [f"{PAPERS[claim.paper][1:].partition(']')[0]}: {claim.says}" for claim, _ in found]
     axes.set_yticks(range(len(found)), names)
     axes.set_ylim(len(found) - 0.4, -0.6)  # the first on top
-    axes.set_xlabel("points of 100: one run over the other")
-    title = "How what three papers claim came out here\nmean and its 95 % interval over seeds"
+    axes.set_xlabel("difference in accuracy, percentage points")
+    title = "What three papers claim, and what was found\nmean and its 95 % interval over seeds"
     finish(figure, axes, title, "claims.png")
 
 
