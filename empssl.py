@@ -699,16 +699,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # ---- Training (paper algorithm 1) ---------------------------------------------------------------
 
 
-def train(
-    encoder: Encoder, images: Tensor, config: Config, augmentation, objective=None, run=None
-) -> dict:
-    """Train `encoder` in place, on its device, for `config.epochs` passes over the images.
+def train(encoder, images: Tensor, config: Config, augmentation, objective=None, run=None) -> dict:
+    """Train an `Encoder` in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. augmentation: one, or
-    a list of one for each of the n patches. objective: a module called as `Objective` is, which is
-    the default. run: a `Run` logs, saves and resumes. Under torchrun each process encodes its share
-    of a batch; the loss is of all b. Returns a dict: R, D (or the objective's other terms) of the
-    last step, train_seconds, patches_seen. Raises `UsageError` where b > N, and what `Run` raises.
+    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The augmentation is as
+    `sample_patches` has it, the objective as `Objective`; `run`, a `Run`, logs, saves and resumes.
+    Under torchrun each process encodes its share of a batch; the loss is of all b. Returns the last
+    R and D, train_seconds, patches_seen. Raises `UsageError` where b > N, and what `Run` raises.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
