@@ -272,12 +272,11 @@ def sample_patches(
 ) -> Tensor:
     """Draw what describes n patches of each of b images of `image_size` (H, W).
 
-    Returns float32 `(n, b, K)` on the CPU. The K columns are top, left, height, width, flip,
-    brightness, contrast, saturation, hue, order, grey, sigma and solarize. What does not act is
-    neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of whole pixels,
-    sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut to the image,
-    where torchvision draws again. A list holds an augmentation for each of n patches; one of
-    another length raises `ValueError`. Without a generator, chance is PyTorch's global one.
+    Returns float32 `(n, b, K)` on the CPU; the last lines here name the K columns. What does not
+    act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of whole
+    pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut to the
+    image, where torchvision draws again. A list holds an augmentation for each of the n patches;
+    another length raises `ValueError`.
     """
     if isinstance(augmentation, list):
         if len(augmentation) != n:
@@ -300,7 +299,6 @@ def sample_patches(
     width = (area * ratio).sqrt().round().clamp(1, W)
     top = (next(chance) * (H - height + 1)).floor()
     left = (next(chance) * (W - width + 1)).floor()
-
     flip = happens(a.flip)
 
     jitter = happens(a.jitter)
