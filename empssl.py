@@ -275,8 +275,7 @@ def sample_patches(
     Returns float32 `(n, b, K)` on the CPU; the last lines here name the K columns. What does not
     act is neutral: 1 for brightness, contrast and saturation, 0 for the rest. Crops are of whole
     pixels, sized as torchvision's RandomResizedCrop sizes them; one that does not fit is cut to the
-    image, where torchvision draws again. A list holds an augmentation for each of the n patches;
-    another length raises `ValueError`.
+    image, where torchvision draws again. A list has n augmentations, else raises `ValueError`.
     """
     if isinstance(augmentation, list):
         if len(augmentation) != n:
