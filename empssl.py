@@ -253,7 +253,7 @@ class Augmentation:
 
 
 def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmentation:
-    """What `--augmentation` names; large images have crops of other ratios too, as in the paper.
+    """What `--augmentation` names; large images, as in the official code, have other ratios too.
 
     "light" changes saturation and hue less, and leaves blur and solarization out.
     """
