@@ -127,7 +127,7 @@ def test_torchrun_trains_stops_by_sigterm_and_goes_on(shapes_run):
     again = torchrun(ROOT / "empssl.py", "--resume", run)
     output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
-    assert output.count("linear probe 0") == 1
+    assert output.count("linear probe of the bag 0.") == 1
     assert "each process uses the statistics of its own images" in output
 
 

@@ -187,7 +187,8 @@ def test_of_many_images_some_are_shown(in_tmp, monkeypatch):
     monkeypatch.setattr(empssl, "bag_to_probe", watched)
     of_plain_images("plain")
     kept, whole = np.load("runs/demo/report.npz"), np.load("runs/demo/features.npz")
-    assert seen == [4]  # before training those that are shown alone
+    # Trained features of all images, untrained ones of those that are shown alone.
+    assert seen == [30, 4]
     assert np.array_equal(kept["features"], whole["train_features"][some])
     assert [name[-6:] for name in kept["files"]] == ["02.png", "03.png", "11.png", "28.png"]
     assert kept["untrained"].shape == (4, 16) and "training images" in page()
