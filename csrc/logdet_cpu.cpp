@@ -1,6 +1,7 @@
-// logdet_spd on a CPU: one matrix by the symmetric sweep operator (see logdet_cuda.cu), in the place of its inverse. Every
-// inner loop goes along a row, so that the compiler vectorises it without reordering a sum. Compiled once for each
-// instruction set, named by VARIANT. Large matrices go to LAPACK instead.
+// logdet_spd on a CPU: one matrix by the symmetric sweep operator (see logdet_cuda.cu), in the
+// place of its inverse. Every inner loop goes along a row, so that the compiler vectorises it
+// without reordering a sum. Compiled once for each instruction set, named by VARIANT. Large
+// matrices go to LAPACK instead.
 #include <math.h>
 
 #include "empssl.h"
@@ -8,11 +9,12 @@
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 
-// column holds k numbers.
 template <typename T>
-void JOIN(logdet_spd_, VARIANT)(const T* A, int64_t k, T* logdet, T* inverse, T* __restrict column) {
-    for (int64_t i = 0; i < k; ++i)
+void JOIN(logdet_spd_, VARIANT)(const T* A, int64_t k, T* logdet, T* inverse,
+                                T* __restrict column) {
+    for (int64_t i = 0; i < k; ++i) {
         for (int64_t j = 0; j <= i; ++j) inverse[i * k + j] = A[i * k + j];
+    }
     double sum = 0;
     for (int64_t p = 0; p < k; ++p) {
         const T pivot = inverse[p * k + p];
@@ -22,7 +24,8 @@ void JOIN(logdet_spd_, VARIANT)(const T* A, int64_t k, T* logdet, T* inverse, T*
             return;
         }
         sum += log((double)pivot);
-        // Take the pivot's row and column out and leave zeros: with -1 for the pivot itself, one formula serves them all.
+        // Take the pivot's row and column out and leave zeros. With -1 for the pivot itself, one
+        // formula serves all elements.
         for (int64_t i = 0; i < k; ++i) {
             T& element = i < p ? inverse[p * k + i] : inverse[i * k + p];
             column[i] = i == p ? T(-1) : element;
@@ -36,8 +39,12 @@ void JOIN(logdet_spd_, VARIANT)(const T* A, int64_t k, T* logdet, T* inverse, T*
         }
     }
     *logdet = (T)sum;
-    for (int64_t i = 0; i < k; ++i)
-        for (int64_t j = 0; j <= i; ++j) inverse[j * k + i] = inverse[i * k + j] = -inverse[i * k + j];
+    // All pivots are swept, so this is minus the inverse, and its lower triangle alone.
+    for (int64_t i = 0; i < k; ++i) {
+        for (int64_t j = 0; j <= i; ++j) {
+            inverse[j * k + i] = inverse[i * k + j] = -inverse[i * k + j];
+        }
+    }
 }
 
 template void JOIN(logdet_spd_, VARIANT)(const float*, int64_t, float*, float*, float*);

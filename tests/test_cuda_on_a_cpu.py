@@ -49,7 +49,7 @@ extern "C" int64_t largest(int64_t element_bytes) {
 def as_cpp(source: str) -> str:
     """A launch as a call, and the shared memory that a launch sizes as a pointer to it."""
     source, launches = re.subn(
-        r"(\w+<\w+>)<<<(.*?)>>>\((.*?)\);", r"on_a_cpu::launch([&] { \1(\3); }, \2);", source
+        r"(\w+<\w+>)\s*<<<(.*?)>>>\((.*?)\);", r"on_a_cpu::launch([&] { \1(\3); }, \2);", source
     )
     source, arrays = re.subn(
         r"extern __shared__ (?:__align__\(16\) )?([\w ]+) (\w+)\[\];",
