@@ -1,6 +1,6 @@
-// The private module _empssl: it hands pointers and sizes from Python to the kernels, checks sizes
-// once more, and releases the GIL. It includes no header of torch, so that one build serves every
-// torch version.
+// The private module _empssl: it hands pointers and sizes from Python to the kernels, and releases
+// the GIL. It checks again what would lead a pointer out of its memory: sizes and, on a CPU, each
+// index and crop. It includes no header of torch, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -36,11 +37,11 @@ Isa best_isa() {
 Isa isa = best_isa();
 #define EMPSSL_PICK(name) \
     (isa == AVX512 ? name##_avx512 : isa == AVX2 ? name##_avx2 : name##_baseline)
-// Of a log-determinant, for which wider vectors are no faster.
-#define EMPSSL_PICK_OF(name, T) (isa == BASELINE ? name##_baseline<T> : name##_avx2<T>)
+// Wider vectors are no faster here.
+#define EMPSSL_PICK_LOGDET(T) (isa == BASELINE ? logdet_spd_baseline<T> : logdet_spd_avx2<T>)
 #else
 #define EMPSSL_PICK(name) name##_baseline
-#define EMPSSL_PICK_OF(name, T) name##_baseline<T>
+#define EMPSSL_PICK_LOGDET(T) logdet_spd_baseline<T>
 #endif
 
 std::string isa_name(const std::string& op) {
@@ -90,8 +91,14 @@ void in_parallel(int64_t count, int64_t block, int threads, const Work& work) {
         }
     };
     const int64_t blocks = (count + block - 1) / block;
+    const int64_t wanted = std::max<int64_t>(std::min<int64_t>(threads, blocks) - 1, 0);
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min<int64_t>(threads, blocks); ++i) others.emplace_back(loop);
+    others.reserve((size_t)wanted);
+    try {
+        while ((int64_t)others.size() < wanted) others.emplace_back(loop);
+    } catch (const std::system_error&) {
+        // There are no more threads to be had; those that there are do the work.
+    }
     loop();
     for (auto& other : others) other.join();
     if (failed) throw std::bad_alloc();  // nothing else can go wrong in a kernel
@@ -139,10 +146,11 @@ void extract_patches_cpu(uintptr_t images, std::vector<int64_t> shape, std::vect
     }
     for (int64_t i = 0; i < n * b; ++i) {
         require(patch_is_valid(job.params + i * K, job.H, job.W),
-                "a crop is not whole pixels inside its image, or an order code is not in 0..23");
+                "a crop is not whole pixels inside its image, or an order is no code below 24");
     }
     in_parallel(n * b, 16, threads, [&](int64_t from, int64_t to) {
-        static thread_local std::vector<float> scratch;  // kept from call to call
+        // The calling thread keeps its memory from call to call; the others make theirs anew.
+        static thread_local std::vector<float> scratch;
         const size_t floats = (size_t)patch_scratch_floats(job);
         if (scratch.size() < floats) scratch.resize(floats);
         EMPSSL_PICK(extract_patches)(job, from, to, scratch.data());
@@ -157,7 +165,7 @@ void logdet_cpu(const T* A, int64_t n, int64_t k, T* logdet, T* inverse, int thr
         std::vector<T> column((size_t)k);
         for (int64_t i = from; i < to; ++i) {
             const int64_t start = i * k * k;
-            EMPSSL_PICK_OF(logdet_spd, T)(A + start, k, logdet + i, inverse + start, column.data());
+            EMPSSL_PICK_LOGDET(T)(A + start, k, logdet + i, inverse + start, column.data());
         }
     });
 }

@@ -1,5 +1,5 @@
-// What the kernels are handed: plain pointers and sizes. They are checked in
-// empssl_support/ops.py, and again in bindings.cpp.
+// What the kernels are handed: plain pointers and sizes. empssl_support/ops.py checks what they
+// describe, and bindings.cpp checks again what would lead a pointer out of its memory.
 #pragma once
 
 #include <stdint.h>
@@ -43,7 +43,7 @@ const char* extract_patches_cuda(const PatchJob& job, void* stream);
 template <typename T>  // n matrices
 const char* logdet_spd_cuda(const T* A, int64_t n, int64_t k, T* logdet, T* inverse, void* stream);
 
-// The largest s of a patch, and the largest k of a matrix, that fit the current device's shared
-// memory.
+// The largest s of a patch, which is at most 64 for one block's threads, and the largest k of a
+// matrix, that fit the current device's shared memory.
 int64_t extract_patches_cuda_largest();
 int64_t logdet_spd_cuda_largest(int64_t element_bytes);

@@ -1,7 +1,7 @@
 // logdet_spd on a CPU: one matrix by the symmetric sweep operator (see logdet_cuda.cu), in the
 // place of its inverse. Every inner loop goes along a row, so that the compiler vectorises it
-// without reordering a sum. Compiled once for each instruction set, named by VARIANT. Large
-// matrices go to LAPACK instead.
+// without reordering a sum. Compiled once for each instruction set up to AVX2, named
+// by VARIANT. Large matrices go to LAPACK instead.
 #include <math.h>
 
 #include "empssl.h"

@@ -92,7 +92,8 @@ int64_t logdet_spd_cuda_largest(int64_t element_bytes) {
 template <typename T>
 const char* logdet_spd_cuda(const T* A, int64_t n, int64_t k, T* logdet, T* inverse, void* stream) {
     if (n == 0) return nullptr;
-    // As in patches_cuda.cu: the shared memory that any size needs, at every launch.
+    // Allow the shared memory that any size needs, at every launch: so host threads that launch
+    // different sizes do not undo each other's settings.
     const int64_t most = shared_bytes(logdet_spd_cuda_largest(sizeof(T)), sizeof(T));
     cudaError_t error = cudaFuncSetAttribute(
         logdet_spd_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most);

@@ -1,5 +1,5 @@
 // extract_patches on a CPU: one patch after another, its red, green and blue each a plane of floats
-// that stays in the cache. Compiled once for each instruction set, named by VARIANT; the compiler
+// that stays in the cache. Compiled once for each instruction set, named by VARIANT. The compiler
 // vectorises the loops over a row or a plane.
 #include <string.h>
 
@@ -9,7 +9,7 @@
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 
-// As many floats as a register holds, side by side at any address.
+// How many floats a register holds.
 #if defined(__AVX512F__)
 enum { LANES = 16 };
 #elif defined(__AVX2__)
@@ -18,6 +18,8 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 enum { MOST_LANES = 16 };
+
+// That many floats, at any address.
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // ---- crop and resize ----
@@ -74,6 +76,7 @@ static inline void weighted_sum(int n, int taps, const float* weight, const floa
     }
 }
 
+// One of the compilations defines this for all, so it allows for the most lanes.
 #ifdef EMPSSL_BASELINE
 int64_t patch_scratch_floats(const PatchJob& job) {
     const int64_t s = job.s;
@@ -108,6 +111,7 @@ static void crop(const PatchJob& job, int64_t image, const float* p, float* plan
                 const uint8_t* in = corner + c * job.stride_c + (y + l) * job.stride_h;
                 for (int x = 0; x < width; ++x) columns[x * LANES + l] = in[x * job.stride_w];
             }
+            // Lanes past the last line hold leftovers; what comes of them is not copied.
             for (int i = 0; i < width * LANES; ++i) columns[i] /= 255.0f;
             for (int x = 0; x < s; ++x) {
                 weighted_sum(LANES, across.count[x], across.weight + x * across.taps,

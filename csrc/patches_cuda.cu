@@ -1,5 +1,5 @@
 // extract_patches on a GPU: one block a patch, whose pixels stay in registers from the crop to the
-// store. Shared memory serves the blur, and turns the store into whole lines. A patch of invalid
+// store. Shared memory serves the blur, and makes 16-byte stores of the pixels. A patch of invalid
 // index, crop or order becomes NaN, since finding out on the host would cost a synchronisation.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,14 +36,14 @@ struct Pixels {
 };
 
 // Where pixel i of a patch lies. A division of whole numbers takes twenty instructions. This one is
-// of floats, and exact: i is below 4096, and its half keeps the quotient a 128th from the next
-// whole number.
+// of floats, and exact: i is below 4096, and the half that is added keeps the quotient a 128th from
+// the next whole number.
 __device__ void find(int i, int s, int& row, int& column) {
     row = (int)(((float)i + 0.5f) * (1.0f / (float)s));
     column = i - row * s;
 }
 
-// The taps of each row or column of the patch, flipped if it is, in 16-byte words.
+// The taps of each row or column of the patch, flipped if it is. Each is read as 16 bytes at once.
 struct alignas(16) Axis {
     Taps taps[LARGEST];
 };

@@ -31,7 +31,8 @@ enum {
 
 enum { BLUR_RADIUS = 6, BLUR_TAPS = 2 * BLUR_RADIUS + 1 };
 
-// Whether the crop is whole pixels inside its H x W image, and the order a code. Not for NaN.
+// Whether the crop is whole pixels inside its H x W image, and the order, cut to a whole number, a
+// code. False for NaN.
 EMPSSL_FN bool patch_is_valid(const float* p, int64_t H, int64_t W) {
     return p[TOP] >= 0 && p[LEFT] >= 0 && p[HEIGHT] >= 1 && p[WIDTH] >= 1 &&
            p[TOP] + p[HEIGHT] <= (float)H && p[LEFT] + p[WIDTH] <= (float)W &&
@@ -40,9 +41,10 @@ EMPSSL_FN bool patch_is_valid(const float* p, int64_t H, int64_t W) {
            p[ORDER] >= 0 && p[ORDER] < 24;
 }
 
-// A factor that is not finite must make its patch NaN, but on a GPU clamp01 turns NaN into 0. So it
-// is added at the end, where pixels x are scaled to 2 x + offset: the offset is -1, or NaN
-// where a factor is not finite, since infinity minus itself is NaN.
+// A factor that is NaN must make its patch NaN, but on a GPU clamp01 turns NaN into 0. So it is
+// added at the end, where pixels x are scaled to 2 x + offset: the offset is -1, or NaN where a
+// factor is NaN or infinite, since infinity minus itself is NaN. (The reference clamps an infinite
+// one's pixels.)
 EMPSSL_FN float offset_of(const float* p) {
     const float b = p[BRIGHTNESS];
     const float c = p[CONTRAST];
@@ -133,7 +135,8 @@ EMPSSL_FN void rotate_hue(float& r, float& g, float& b, float sixths) {
     low = low < b ? low : b;
     const float chroma = high - low;
 
-    // The hue is 0 at red, 2 at green and 4 at blue, here times the chroma: in [-4, 8) chroma.
+    // Before the turn the hue is 0 at red, 2 at green and 4 at blue. `hue` is the one after it,
+    // times the chroma: in [-4, 8) chroma.
     const bool red = high == r;
     const bool green = high == g;
     const float difference = red ? g - b : green ? b - r : r - g;
@@ -234,8 +237,8 @@ EMPSSL_FN int reflected(int i, int s) {
     return i < s ? i : period - i;
 }
 
-// The weight of tap t, before they are divided by their sum. What is below 1e-26 is 0, since
-// denormal numbers are slow.
+// The weight of tap t, before they are divided by their sum. What is below 1e-26 is 0, so that
+// hardly any product is a denormal number, which is slow.
 EMPSSL_FN float blur_weight(float sigma, int t) {
     const float x = (float)(t - BLUR_RADIUS) / sigma;
     const float half = 0.5f * x * x;

@@ -3,8 +3,9 @@
 `extract_patches` cuts and augments patches; `logdet_spd` gives log-determinants and inverses. Each
 is a kernel for the CPU and one for CUDA (csrc/), and a reference in plain PyTorch: `logdet_spd_ref`
 below, `extract_patches_ref` in pixels.py. Which of them does the work, and why, is what
-`implementation` says. Arguments are checked here, in one place; kernels get plain pointers, sizes
-and the current stream.
+`implementation` says. Types, shapes and, but for the CUDA kernel, values are checked here. Kernels
+get plain pointers, sizes and the current stream; csrc/bindings.cpp checks again what would lead a
+pointer out of its memory.
 """
 
 import math
@@ -12,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from empssl_support.pixels import COLUMNS, ORDERS, K, extract_patches_ref
+from empssl_support.pixels import COLUMNS, ORDERS, K, empty_patches, extract_patches_ref
 
 try:
     import _empssl
@@ -28,7 +29,8 @@ except ImportError as error:
 # What a kernel can write, by the code that it knows the type by.
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# From this many rows LAPACK is as fast as the CPU kernel, as study/benchmarks/ops.py measured.
+# LAPACK does matrices of so many rows. It gains on the CPU kernel as they grow: at 500 rows, the
+# most that study/benchmarks/ops.py measures, it takes a sixth longer, at 100 four times as long.
 LAPACK_FROM = 512
 
 
@@ -52,7 +54,7 @@ def implementation(
     if device.type == "cuda":
         return cuda_implementation(op, device, size, dtype)
     if op == "logdet_spd" and size >= LAPACK_FROM:
-        return False, f"LAPACK is faster from {LAPACK_FROM} rows"
+        return False, f"LAPACK does matrices from {LAPACK_FROM} rows"
     return True, f"CPU kernel, {_empssl.isa(op)}"
 
 
@@ -69,7 +71,9 @@ def cuda_implementation(
             largest = _empssl.extract_patches_cuda_largest()
         else:
             largest = _empssl.logdet_spd_cuda_largest(dtype.itemsize)
-    return size <= largest, f"CUDA kernel, up to {largest}"
+    if size > largest:
+        return False, f"the CUDA kernel goes up to {largest}"
+    return True, f"CUDA kernel, up to {largest}"
 
 
 _tried: dict[int, str] = {}
@@ -130,6 +134,7 @@ def extract_patches(
     check_patches(images, index, params, s)
     if images.device.type != device.type:
         # A data set too large for the device: gather the batch's images, and send them alone.
+        check_index(images, index)
         images = images[index]
         index = torch.arange(len(index))
     on_gpu = device.type == "cuda"
@@ -140,10 +145,11 @@ def extract_patches(
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`; a GPU gets it while the program goes on."""
-    if device.type == "cuda" and not x.is_cuda:
+    """`x` on `device`: a GPU gets it while the program goes on, a CPU before."""
+    to_gpu = device.type == "cuda"
+    if to_gpu and not x.is_cuda:
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=to_gpu)
 
 
 def check_patches(images: Tensor, index: Tensor, params: Tensor, s: int) -> None:
@@ -161,11 +167,16 @@ def described(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype}"
 
 
-def check_values(images: Tensor, index: Tensor, params: Tensor) -> None:
-    """Values, where `check_patches` looks at types: on a GPU this waits for the device."""
-    N, _, H, W = images.shape
+def check_index(images: Tensor, index: Tensor) -> None:
+    N = len(images)
     if index.numel() and not (index.min() >= 0 and index.max() < N):
         raise ValueError(f"index reaches outside the {N} images.")
+
+
+def check_values(images: Tensor, index: Tensor, params: Tensor) -> None:
+    """Values, where `check_patches` looks at types: on a GPU this waits for the device."""
+    check_index(images, index)
+    _, _, H, W = images.shape
     crop = params[..., :4]
     top, left, height, width = crop.unbind(-1)
     order = params[..., COLUMNS.index("order")]
@@ -229,11 +240,6 @@ def _(images, index, params, s, dtype):
     return empty_patches(n * b, s, dtype, images.device)
 
 
-def empty_patches(count: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    shape = (count, 3, s, s)
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-
-
 # ---- logdet_spd ----
 
 
@@ -245,8 +251,8 @@ def logdet_spd(A: Tensor) -> tuple[Tensor, Tensor]:
     both outputs: the gradient of log det A is the inverse, so nothing is factorised twice. Raises
     `ValueError` for another shape or type.
     """
-    if A.ndim < 2:
-        raise ValueError(f"A must be (..., k, k), not {described(A)}.")
+    if A.ndim < 2 or 0 in A.shape[-2:]:
+        raise ValueError(f"A must be (..., k, k) with k >= 1, not {described(A)}.")
     logdet, inverse = torch.ops.empssl.logdet_spd(A.reshape(-1, *A.shape[-2:]))
     return logdet.view(A.shape[:-2]), inverse.view(A.shape)
 

@@ -46,12 +46,7 @@ def extract_patches_ref(
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     params = params.to(device, compute).flatten(0, 1)  # (n*b, K)
     index = index.to(device).repeat(n)  # (n*b,)
-    out = torch.empty(
-        (n * b, 3, s, s),
-        dtype=dtype,
-        device=device,
-        memory_format=torch.channels_last,
-    )
+    out = empty_patches(n * b, s, dtype, device)
     _, _, H, W = images.shape
     pixels = max(s * s, H * W)
     chunk = max(1, CHUNK.get(device.type, 2**24) // pixels)
@@ -61,6 +56,11 @@ def extract_patches_ref(
         p = dict(zip(COLUMNS, columns, strict=True))
         out[rows] = augmented(x, p, s).to(dtype)
     return out
+
+
+def empty_patches(count: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    shape = (count, 3, s, s)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
 def augmented(x: Tensor, p: dict[str, Tensor], s: int) -> Tensor:
@@ -191,8 +191,9 @@ def rotate_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = hue + 6 * shift.squeeze(1)
     channels = []
     for offset in (5, 3, 1):  # red, green, blue
-        k = (hue + offset).remainder(6)
-        share = torch.minimum(k, 4 - k).clamp(0, 1)
+        # Counted so that the channel is lowest where `place` is 2, and highest from 4 round to 0.
+        place = (hue + offset).remainder(6)
+        share = torch.minimum(place, 4 - place).clamp(0, 1)
         channels.append(value - chroma * share)
     return torch.stack(channels, 1)
 

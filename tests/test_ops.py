@@ -9,6 +9,9 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +292,57 @@ def test_outside_is_an_exception_on_the_cpu(bad):
         empssl.extract_patches(random_images(1, 8, 8), index, params, 8)
 
 
+@pytest.mark.parametrize("row", [-1, 3])
+def test_images_that_are_gathered_for_another_device_are_those_of_a_valid_index(row):
+    images = random_images(3, 8, 8)
+    elsewhere = torch.device("meta")
+    assert empssl.extract_patches(images, torch.tensor([2]), one(), 8, device=elsewhere).is_meta
+    with pytest.raises(ValueError, match="reaches outside the 3 images"):
+        empssl.extract_patches(images, torch.tensor([row]), one(), 8, device=elsewhere)
+
+
+@pytest.mark.parametrize("device,waits", [("cpu", True), ("cuda", False)])
+def test_what_a_cpu_gets_has_arrived(device, waits):
+    copies = []
+
+    class OnAGPU:
+        is_cuda = True
+
+        def to(self, device, non_blocking=False):
+            copies.append((device.type, not non_blocking))
+
+    ops.send(OnAGPU(), torch.device(device))
+    assert copies == [(device, waits)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_where_no_thread_can_be_started_those_there_are_do_the_work():
+    program = """
+        import resource
+        import torch
+        import empssl
+        from empssl_support import ops
+
+        images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+        index = torch.arange(4)
+        params = empssl.sample_patches(4, 50, (32, 32), empssl.Augmentation())
+        torch.set_num_threads(1)
+        alone = empssl.extract_patches(images, index, params, 16)
+        out = torch.zeros_like(alone)
+
+        # Less than a thread's stack is left.
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.get_num_threads = lambda: 4
+        ops.run_patches_kernel(images, index, params, out)
+        assert torch.equal(out, alone)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
 @pytest.mark.parametrize("bad", BAD_PATCHES, ids=str)
 def test_outside_is_nan_on_the_gpu_and_an_exception_when_checked(bad):
@@ -554,6 +608,12 @@ def test_strided_matrices(device):
 def test_wrong_matrices(A):
     with pytest.raises(ValueError, match="A must be"):
         logdet(A)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 0), (2, 0, 0), (2, 5, 0, 0), (2, 3, 4)], ids=str)
+def test_wrong_shapes_of_matrices(shape):
+    with pytest.raises(ValueError, match="A must be"):
+        empssl.logdet_spd(torch.zeros(shape))
 
 
 @on_each_device

@@ -20,6 +20,7 @@ import empssl
 from empssl_support import ops
 from empssl_support.cli import one_sentence
 from empssl_support.machine import provenance
+from empssl_support.pixels import empty_patches
 from study.benchmarks import pipelines
 from study.benchmarks.timing import median_seconds
 from study.experiments.records import keep
@@ -117,7 +118,7 @@ def kernel_alone(b, n, s):
     images = torch.randint(256, (b, 3, 32, 32), generator=chance).to(torch.uint8)
     params = empssl.sample_patches(b, n, (32, 32), empssl.Augmentation(), chance)
     index = torch.arange(b)
-    out = ops.empty_patches(n * b, s, torch.float32, images.device)
+    out = empty_patches(n * b, s, torch.float32, images.device)
 
     def call(i):
         ops.run_patches_kernel(images, index, params, out)
