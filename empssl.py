@@ -1087,7 +1087,8 @@ def carry_out(config: Config, data: Dataset, method) -> dict:
 
     about = dataclasses.asdict(config) | provenance(config.device)
     about |= {"images": len(data.train_images), "data_key": data.key}
-    with RunFolder(run_path(config), about, bool(config.resume), config.force) as folder:
+    path = from_first(lambda: run_path(config))  # it may name the time, which must be one for all
+    with RunFolder(path, about, bool(config.resume), config.force) as folder:
         if record := folder.finished():
             return record
         record = {"checkpoint": config.checkpoint} if config.checkpoint else {}
@@ -1268,6 +1269,7 @@ def show_nearest(config: Config) -> None:
     """
     sheet = sheet_path(config.nearest, config.force)
     encoder = load(config.checkpoint, config.device)
+    encoder.image_size = config.image_size  # the query's size is the folder's
     query = encoder.features(config.nearest)  # (1, hidden)
     data = first_process_first(lambda: load_data(config))
     h, files = embed(encoder, data.train_images), data.files

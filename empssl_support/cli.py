@@ -14,7 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from empssl_support.processes import processes, rank
+from empssl_support.processes import others_are_lost, processes, rank
 
 
 class UsageError(ValueError):
@@ -166,7 +166,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, FloatingPointError):
         return f"error: {error}", 1
     if isinstance(error, torch.OutOfMemoryError):
-        held = torch.cuda.max_memory_allocated() / 2**30
+        gpus = range(torch.cuda.device_count())
+        held = max(map(torch.cuda.max_memory_allocated, gpus), default=0) / 2**30
         return (
             f"error: The GPU is out of memory (this run held {held:.1f} GiB); lower --batch, "
             f"--patches or --patch-size, or give --precision bf16."
@@ -180,7 +181,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             f"error: This machine's memory does not suffice ({asked}); "
             f"lower --batch, --patches or --patch-size."
         ), 2
-    if processes() > 1:
+    if others_are_lost(error):
         return (
             f"error: Process {rank()} of {processes()} lost the others and ends ({first_line}); "
             f"see what they say, then go on with --resume."

@@ -14,6 +14,16 @@ from torch import Tensor, nn
 from empssl_support.cli import UsageError
 
 
+@contextlib.contextmanager
+def named(path: Path):
+    """An error of the disk says which file, which that of a write or a flush does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_whole(path: Path, write, before=None) -> None:
     """Call `write(file)` on a temporary file beside `path`, flush it, and put it in `path`'s place.
 
@@ -21,17 +31,15 @@ def write_whole(path: Path, write, before=None) -> None:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(scratch, "wb") as out:
-            write(out)
-            out.flush()
-            os.fsync(out.fileno())
-        if before:
-            before()
-        os.replace(scratch, path)
-        flush_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        with named(path):
+            with open(scratch, "wb") as out:
+                write(out)
+                out.flush()
+                os.fsync(out.fileno())
+            if before:
+                before()
+            os.replace(scratch, path)
+            flush_folder(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -87,6 +95,8 @@ def read_encoder(path: str | Path) -> dict:
         content.setdefault("image_size", 2 * s)
         ours = ours and type(content["image_size"]) is int
         ours = ours and 1 <= s <= 4096 and 1 <= content["image_size"] <= 8192
+    except (PermissionError, MemoryError):  # no fault of what is in the file
+        raise
     except Exception:  # random bytes, a pickle with code in it, another program's file
         ours = False
     if not ours:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from empssl_support.cli import UsageError, progress
-from empssl_support.files import flush_folder, write_text
+from empssl_support.files import flush_folder, named, write_text
 from empssl_support.pictures import read_image, shorter_side
 
 CACHE = Path("runs") / ".cache"
@@ -237,7 +237,8 @@ def fill_cache(cache: Path, files: list[Path], facts: list[str], size: int) -> N
     scratch = cache.with_name(f".decoding-{socket.gethostname()}-{os.getpid()}")
     scratch.mkdir(parents=True, exist_ok=True)
     try:
-        with open(scratch / "images.u8", "wb") as out:
+        pixels = scratch / "images.u8"
+        with named(pixels), open(pixels, "wb") as out:
             rows = write_pixels(out, files, facts, known, size)
             # All is on the disk, in case the machine stops, before it has a name.
             out.flush()

@@ -102,16 +102,18 @@ def provenance(device: str) -> dict:
 def commit(folder: Path | None = None) -> str:
     """The commit of the code in a folder, by default of this program.
 
-    With `-dirty` where tracked code was changed; `unknown` outside git.
+    With `-dirty` where tracked code was changed; `unknown` outside git, and where the folder only
+    lies in a repository that does not track it, as one that code is installed in.
     """
     here = folder or Path(__file__).resolve().parent.parent
     try:
         head = git(here, "rev-parse", "HEAD")
+        tracked = git(here, "ls-files", "--", ".")
         code = ["--", ".", ":!study/results", ":!*.md"]
         changed = git(here, "status", "--porcelain", "--untracked-files=no", *code)
     except OSError:  # there is no git on this machine
         return "unknown"
-    if not head:
+    if not (head and tracked):
         return "unknown"
     return head + ("-dirty" if changed else "")
 

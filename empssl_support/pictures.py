@@ -1,6 +1,7 @@
 """Single images as squares of pixels: of a file, and as a user's own code has them."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,17 +76,30 @@ def read_one(image: str | Path | Image.Image | np.ndarray, size: int) -> np.ndar
 # ---- one image ----
 
 
+# Errors of the machine, not of an image.
+MACHINES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
 def read_image(file: Path, size: int) -> np.ndarray | Exception:
-    """One image as `(3, size, size)` uint8 RGB, or what went wrong."""
+    """One image as `(3, size, size)` uint8 RGB, or what is wrong with it.
+
+    Raises what is the machine's fault, since the image may be there the next time.
+    """
     try:
         with Image.open(file) as image:
             return to_square(image, size)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise all kinds; the caller names the file
+        if getattr(error, "errno", None) in MACHINES:
+            error.filename = error.filename or str(file)
+            raise
         return error
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
     """`(3, size, size)` uint8 RGB. A JPEG that is not decoded yet may be left reduced."""
+    image = without_long_ends(image)
     # The shorter side becomes `size`; then the centre is cut out.
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
@@ -102,6 +116,19 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
     left, top = (image.width - size) // 2, (image.height - size) // 2
     image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def without_long_ends(image: Image.Image, most: int = 8) -> Image.Image:
+    """The middle of an image that is more than `most` times as long as wide.
+
+    Of a line of 3,000 pixels, a single one high, all would be enlarged to gigabytes.
+    """
+    longest = most * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -57,6 +57,11 @@ def share(count: int) -> slice:
     return slice(rank() * count // processes(), (rank() + 1) * count // processes())
 
 
+def others_are_lost(error: RuntimeError) -> bool:
+    """Whether it says that another process is gone or silent, as NCCL and gloo say it."""
+    return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 # ---- waiting and telling ----
 
 
@@ -102,7 +107,9 @@ def largest(numbers: list[float]) -> list[float]:
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
+    """Of what each process may have worked on for long: the first to be done wait for the last."""
     if processes() > 1:
+        dist.barrier(_patient)
         dist.all_reduce(x)
     return x
 

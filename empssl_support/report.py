@@ -148,7 +148,8 @@ def write(run: Path) -> None:
         sections="\n".join(parts),
         scripts=script,
     )
-    write_text(run / "report.html", page)
+    # The name of a folder or a class may be no text.
+    write_text(run / "report.html", page.encode(errors="replace").decode())
     print(f"drawn: {run / 'report.html'}, a page to open in a browser")
 
 

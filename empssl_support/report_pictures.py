@@ -73,7 +73,11 @@ def tile(shown: Shown, i: int, kind: str = "") -> str:
 
 
 def nearest(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each of N unit rows by cosine: who, `(N, k)`, and how near."""
+    """The k nearest other rows of each of N unit rows by cosine: who, `(N, k)`, and how near.
+
+    All N - 1 others where there are no k.
+    """
+    k = min(k, len(features) - 1)
     cosine = features @ features.T  # (N, N)
     np.fill_diagonal(cosine, -np.inf)
     order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from empssl_support.cli import Stopped, UsageError, progress, signals
-from empssl_support.files import read_checkpoint, save_encoder, write_text, write_torch
+from empssl_support.files import named, read_checkpoint, save_encoder, write_text, write_torch
 from empssl_support.machine import peak_memory, program, seconds_without_a_core
 from empssl_support.processes import (
     agree_on_buffers,
@@ -117,8 +117,9 @@ class RunFolder:
         return f"{shlex.join(program())} --resume {os.path.relpath(self.path)}"
 
     def log(self, record: dict) -> None:
+        metrics = self.path / "metrics.jsonl"
         if rank() == 0:
-            with open(self.path / "metrics.jsonl", "a") as out:
+            with named(metrics), open(metrics, "a") as out:
                 out.write(json.dumps(record) + "\n")
 
     def finished(self) -> dict | None:
@@ -153,9 +154,9 @@ class RunFolder:
 
         if rank() == 0:
             write_torch(path, state | {"config": self.config}, keep_the_previous)
+            self.saving["checkpoint_bytes"] = path.stat().st_size
         wait_for_first()
         self.saving["checkpoints"] += 1
-        self.saving["checkpoint_bytes"] = path.stat().st_size
         self.saving["saving_seconds"] += time.perf_counter() - started
 
     def load(self) -> dict | None:

@@ -303,7 +303,9 @@ def sides_of_patches(config, total: int) -> list[int]:
     for side, share in schedule:
         end += share
         sides += [side] * (round(end * total) - len(sides))
-    return sides
+    # Shares sum to 1 but for rounding, which may be a step of a million.
+    sides += [side] * (total - len(sides))
+    return sides[:total]
 
 
 def probed_epochs(text: str | None) -> set[int]:

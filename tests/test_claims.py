@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import empssl
+from empssl_support import settings as settings_module
 from empssl_support.cli import UsageError
 from empssl_support.data import load_dataset
 from study.baselines.common import views
@@ -198,6 +199,22 @@ def test_the_last_stage_is_trained_upon_what_was_trained_without_it(monkeypatch)
     assert len(second) > len(first)
     assert metrics["seconds_before"] > 0 and metrics["patches_seen"] == 40
     assert 0 <= metrics["linear_top1"] <= 1
+
+
+def test_both_phases_train_on_the_device_of_the_trial(monkeypatch):
+    monkeypatch.setattr(settings_module, "pick_device", lambda wanted: wanted)
+    monkeypatch.setattr(settings_module, "pick_precision", lambda wanted, device: wanted)
+    encoder = empssl.Encoder("small", 16, hidden=8, projector=8, dim=4)
+    devices = []
+
+    def watched(config, part):
+        devices.append(config.device)
+        return encoder, {"train_seconds": 1.0}
+
+    monkeypatch.setattr(claims, "train", watched)
+    trial = claims.Trial("a", SMALL, 0, {"before": f"{SMALL} --drop-last-stage"})
+    claims.trained_in_two_phases(trial.on("cuda"), None)
+    assert devices == ["cuda", "cuda"]
 
 
 def test_rates_are_scored_on_training_images_that_nothing_was_trained_on(monkeypatch):

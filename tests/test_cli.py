@@ -13,6 +13,7 @@ import torch
 
 import empssl
 from empssl import main
+from empssl_support import processes
 from empssl_support.cli import (
     Signals,
     Stopped,
@@ -51,7 +52,7 @@ def python(code, *arguments):
     ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
 )
 def test_an_error_is_one_sentence_and_a_code(error, code, said, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
     with pytest.raises(SystemExit) as stop, one_sentence():
         raise error
     lines = capsys.readouterr().err.splitlines()
@@ -62,6 +63,23 @@ def test_an_error_is_one_sentence_and_a_code(error, code, said, monkeypatch, cap
 def test_a_fault_of_the_program_shows_its_traceback(error):
     with pytest.raises(type(error)), one_sentence():
         raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted"),
+    ],
+    ids=["gloo", "nccl"],
+)
+def test_others_that_are_lost_are_told_from_a_fault_of_ones_own(error, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "processes", lambda: 2)
+    with pytest.raises(SystemExit) as stop, one_sentence():
+        raise error
+    assert stop.value.code == 1 and "lost the others" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="illegal memory access"), one_sentence():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_what_ends_all_processes_is_said_once(monkeypatch, capsys):

@@ -118,7 +118,9 @@ def test_what_is_run_anew_resumed_and_left_alone(begun, kept, in_tmp, stand_in):
         pretend(folder, f"{DEMO} --epochs {begun} --seed 0".split())
     runs.start_all([recipe])
     anew = [*DEMO.split(), "--seed", "0", "--name", folder.name, "--force"]
-    resumed = ["--resume", "runs/demo-name-seed0"]
+    config = recipe.settings()
+    here = ["--data-dir", config.data_dir, "--device", config.device]
+    resumed = ["--resume", "runs/demo-name-seed0", *here]
     expected = [resumed if begun == "1" else anew]
     assert stand_in == ([] if kept == "1" else expected)
     (record,) = records.read("demo")

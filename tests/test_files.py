@@ -1,6 +1,7 @@
 """Files are whole or not at all, and what is read may lie."""
 
 import csv
+import errno
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import empssl
 from empssl_support.cli import UsageError
 from empssl_support.files import (
     halved,
+    named,
     read_checkpoint,
     read_encoder,
     save_encoder,
@@ -174,3 +176,27 @@ def test_features_are_halved_unless_that_makes_one_infinite():
     assert halved(x).dtype == torch.float16 and torch.equal(halved(x).float(), x)
     larger = torch.tensor([[1.5, 70_000.0]])
     assert torch.equal(halved(larger), larger) and halved(larger).dtype == torch.float32
+
+
+# ---- errors of the disk ----
+
+
+def test_an_error_of_a_write_names_its_file():
+    with pytest.raises(OSError) as error, named(Path("here.txt")):
+        raise OSError(errno.EIO, "Input/output error")
+    assert error.value.filename == "here.txt"
+    with pytest.raises(OSError) as error, named(Path("here.txt")):
+        raise OSError(errno.EIO, "Input/output error", "there.txt")
+    assert error.value.filename == "there.txt"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_an_encoder_that_may_not_be_read_is_not_called_another_programs(error, monkeypatch):
+    save_encoder(Path("own.pt"), small_encoder())
+
+    def refused(*arguments, **how):
+        raise error
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(type(error)):
+        read_encoder("own.pt")

@@ -1,5 +1,6 @@
 """A folder's images: finding them, and reading any kind."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -234,6 +235,25 @@ def test_sixteen_bits_and_tiff_are_turned_too(in_tmp):
         assert pixels[:, :8].max() < 10 and pixels[:, 12:].min() > 240, file
 
 
+def test_of_a_very_thin_image_the_middle_alone_is_enlarged(in_tmp, monkeypatch):
+    row = np.arange(3001) // 600 * 40
+    thin = Image.fromarray(np.repeat(row[None, :, None], 3, 2).astype(np.uint8))
+    enlarged = []
+    resize = Image.Image.resize
+
+    def watched(image, size, *how):
+        enlarged.append(size)
+        return resize(image, size, *how)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    thin.save("wide.png")
+    thin.transpose(Image.Transpose.ROTATE_90).save("high.png")
+    for name in ("wide.png", "high.png"):
+        pixels = read_image(Path(name), 24)
+        assert pixels.shape == (3, 24, 24) and (pixels == row[1500]).all()
+    assert [max(size) for size in enlarged] == [8 * 24, 8 * 24]
+
+
 # ---- images that cannot be read ----
 
 
@@ -258,6 +278,24 @@ def test_many_images_keep_their_files(in_tmp):
     left = [i for i in range(1100) if i not in (7, 1060)]
     assert names == [f"{i:04}.png" for i in left]
     assert brightness(found) == [i % 250 for i in left]
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_image(fault, folder, monkeypatch):
+    opened = Image.open
+
+    def failing(file):
+        if Path(file).name == "3.png":
+            raise fault
+        return opened(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", failing)
+        with pytest.raises(type(fault)) as error:
+            decode(folder, 16)
+    if isinstance(fault, OSError):
+        assert error.value.filename == str(folder / "3.png")
+    assert brightness(decode(folder, 16)[0]) == [0, 10, 20, 30, 40]
 
 
 def test_more_than_one_per_cent_unreadable_stops(folder):

@@ -158,6 +158,16 @@ def test_a_commit_is_dirty_where_code_was_changed_and_not_where_words_were(check
     assert machine.commit() == f"{head}-dirty"
 
 
+def test_the_commit_is_none_of_a_repository_that_the_program_is_only_installed_in(
+    checkout, monkeypatch
+):
+    (checkout / ".gitignore").write_text(".venv\n")
+    installed = checkout / ".venv" / "empssl_support"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(machine, "__file__", str(installed / "machine.py"))
+    assert machine.commit() == "unknown"
+
+
 def test_the_commit_is_unknown_outside_git_and_without_it(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "empssl_support" / "machine.py"))
     assert machine.commit() == "unknown"

@@ -71,6 +71,12 @@ def test_the_ten_nearest_are_printed_and_drawn(search, capsys):
     assert Image.open("nearest-query.png").size == (6 * 168 + 8, 2 * 184 + 8)
 
 
+def test_the_query_is_brought_to_the_size_of_the_folders_images(search, capsys):
+    shutil.copy("photos/07.png", "query.png")
+    search("query.png", "--image-size", "16")
+    assert "1.000  photos/07.png" in capsys.readouterr().out
+
+
 def test_a_sheet_shows_the_query_first_and_then_what_was_found():
     plain_folder(Path("photos"), count=3, size=SIDE)
     found = [("photos/02.png", 0.5), ("photos/01.png", 0.25)]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import empssl
 import two_processes
 from empssl_support import processes
+from recipes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs")
@@ -36,6 +38,30 @@ def test_shares_are_disjoint_and_complete(count, world, monkeypatch):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         things += list(range(count))[processes.share(count)]
     assert things == list(range(count))
+
+
+def test_those_who_are_done_first_wait_before_they_sum(monkeypatch):
+    done = []
+    monkeypatch.setattr(processes, "processes", lambda: 2)
+    monkeypatch.setattr(processes.dist, "barrier", lambda group: done.append("waited"))
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda x: done.append("summed"))
+    processes.sum_over_processes(torch.ones(1))
+    assert done == ["waited", "summed"]
+
+
+def test_the_folder_of_a_run_is_the_one_that_process_0_names(monkeypatch):
+    named = []
+
+    class Folder:
+        def __init__(self, path, *about):
+            named.append(path)
+            raise StopIteration
+
+    monkeypatch.setattr(empssl, "RunFolder", Folder)
+    monkeypatch.setattr(empssl, "from_first", lambda compute: Path("runs/of-process-0"))
+    with pytest.raises(StopIteration):
+        empssl.main(SHAPES)
+    assert named == [Path("runs/of-process-0")]
 
 
 def torchrun(*arguments, count=2):

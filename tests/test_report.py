@@ -210,6 +210,15 @@ def test_two_images(in_tmp):
     assert "2 training images" in page()
 
 
+def test_names_that_are_no_text(in_tmp):
+    odd = os.fsdecode(b"caf\xe9")
+    for split in ("train", "test"):
+        for name in (odd, "other"):
+            plain_folder(in_tmp / odd / split / name, count=10)
+    of_plain_images(odd)
+    assert "caf?" in page()
+
+
 def test_scores_without_labels_where_a_run_has_them():
     main([*SHAPES, "--name", "demo"])
     *others, last = [json.loads(line) for line in (DEMO / "metrics.jsonl").open()]
@@ -249,6 +258,14 @@ def test_pairs_that_are_almost_the_same():
     assert [pair[:2] for pair in pairs] == [(5, 31), (5, 17), (17, 31)]
     for i, j, cosine in pairs:
         assert cosine == pytest.approx(rows[i] @ rows[j], abs=1e-6)
+
+
+@pytest.mark.parametrize("N", [2, 5, 8])
+def test_no_image_is_its_own_neighbour(N):
+    order, cosine = pictures.nearest(some_rows(N), 8)
+    assert [sorted(row) for row in order] == [[j for j in range(N) if j != i] for i in range(N)]
+    assert np.isfinite(cosine).all()
+    assert pictures.share_of_same_class(some_rows(N), np.arange(N)) == 0
 
 
 def test_the_least_alike_come_first():

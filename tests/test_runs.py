@@ -409,3 +409,12 @@ def test_training_beside_other_programs_says_what_to_do(share, threads, told, mo
     said = "".join(capfd.readouterr())
     assert said.count("before the command it may be faster") == told
     assert said.count("with OMP_NUM_THREADS=1 ") == told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /dev/full")
+def test_a_disk_that_is_full_is_named_where_metrics_are_logged():
+    with RunFolder(RUNS / "a", {}) as folder:
+        (folder.path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(OSError) as error:
+            folder.log({"step": 1})
+    assert error.value.filename == str(RUNS / "a" / "metrics.jsonl")

@@ -55,6 +55,12 @@ def test_every_step_has_a_side(total):
     assert sides_of_patches(settings("--patch-size", "9"), 3) == [9, 9, 9]
 
 
+@pytest.mark.parametrize("shares", ["16:0.333333,32:0.6666665", "16:0.333333,32:0.6666675"])
+def test_every_step_of_a_long_run_has_a_side_where_shares_are_rounded(shares):
+    sides = sides_of_patches(settings("--size-schedule", shares), 1_500_000)
+    assert len(sides) == 1_500_000 and sides[-1] == 32
+
+
 @pytest.mark.parametrize(
     "found,precision",
     [

@@ -297,7 +297,8 @@ def trained(trial: Trial, data: Dataset) -> tuple[empssl.Encoder, dict]:
 
 
 def trained_in_two_phases(trial: Trial, data: Dataset) -> tuple[empssl.Encoder, dict]:
-    first, config = trial._replace(flags=trial.about["before"]).settings(), trial.settings()
+    config = trial.settings()
+    first = trial._replace(flags=trial.about["before"]).on(config.device).settings()
     encoder_before, metrics_before = train(first, data)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "encoder.pt"

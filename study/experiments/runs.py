@@ -92,7 +92,10 @@ def make(recipe: Recipe) -> dict:
         arguments += ["--checkpoint", str(recipe.folder(recipe.probes) / "encoder.pt")]
     begun = folder / "config.json"
     if begun.exists() and recipe.is_of(json.loads(begun.read_text())):
-        arguments = ["--resume", str(folder)]
+        config = recipe.settings()
+        # Where the data lie and what trains may have changed since.
+        here = ["--data-dir", config.data_dir, "--device", config.device]
+        arguments = ["--resume", str(folder), *here]
     else:
         arguments += ["--name", folder.name, "--force"]
     if code := run([sys.executable, *program, *arguments]):
