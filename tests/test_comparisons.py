@@ -208,8 +208,10 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     keep("claims", "last-stage-added", (0.6, 0.7), settings, patches_seen=1200)
     for rate, lr in ((1, 0.45), (3, 1.35)):
         keep("claims", f"search-last-stage-added-{rate}", (0.5,), {"rate": rate, "lr": lr})
+    keep("claims", "search-one-size-1", (0.5,), {"rate": 1, "lr": 1.35})
+    keep("claims", "all-stages-at-once", (0.6,), settings, patches_seen=1200)
     keep("claims", "untrained", (0.3,), settings | {"eval_only": True})
-    untrained, added = rows(comparisons.claims_runs().splitlines())
+    untrained, added, again = rows(comparisons.claims_runs().splitlines())
     assert untrained["epochs"] == untrained["rate"] == untrained["seconds, estimated"] == ""
     assert added["run"] == "`last-stage-added`" and added["images"] == "15,000"
     assert "`without-last-stage`" in added["what is changed"]
@@ -219,6 +221,7 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     assert added["seconds, estimated"] == "57"  # 9 epochs, and 30 s of the first phase
     assert added["bag of patches"] == "0.650 ± 0.071" and added["seeds"] == "2"
     assert added["on"] == "AMD EPYC"
+    assert again["rates tried"] == "1.35 to 1.35" and again["seconds, estimated"] == "27"
 
 
 def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():

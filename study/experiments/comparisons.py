@@ -231,6 +231,7 @@ def claims_runs() -> str:
 
 def seconds_of_run(name: str, run: dict) -> str:
     """Of both phases, where there are two; empty where the run has no seconds to keep to."""
+    name = claims.VARIANTS[name].like or name
     variant = claims.VARIANTS[name]
     if variant.seconds is None:
         return ""
@@ -242,7 +243,7 @@ def seconds_of_run(name: str, run: dict) -> str:
 
 def rates_tried(name: str) -> str:
     """From the lowest to the highest."""
-    start = f"search-{name}-"
+    start = f"search-{claims.VARIANTS[name].like or name}-"
     tried = [r["lr"] for r in read("claims") if r["name"] == f"{start}{r.get('rate', 0):.3g}"]
     return f"{min(tried):.3g} to {max(tried):.3g}" if tried else ""
 
