@@ -145,7 +145,14 @@ def one_sentence():
     try:
         with signals.listened_to():
             yield
-    except (UsageError, Stopped, FloatingPointError, OSError, RuntimeError) as error:
+    except (
+        UsageError,
+        Stopped,
+        FloatingPointError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ) as error:
         if (told := explain(error)) is None:
             raise
         sentence, code = told
@@ -175,11 +182,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return explain_file_error(error)
     first_line = (str(error).splitlines() or [""])[0]
-    if "DefaultCPUAllocator" in first_line:
-        asked = first_line.split("DefaultCPUAllocator: ")[-1]
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in first_line:
+        asked = first_line.split("DefaultCPUAllocator: ")[-1] or "Python asked for more"
         return (
             f"error: This machine's memory does not suffice ({asked}); "
-            f"lower --batch, --patches or --patch-size."
+            f"lower --batch, --patches, --patch-size or, of a folder's images, --image-size."
         ), 2
     if others_are_lost(error):
         return (

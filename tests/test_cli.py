@@ -48,6 +48,7 @@ def python(code, *arguments):
         (PermissionError(13, "Permission denied", "x.pt"), 2, "x.pt cannot be read or written"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "--precision bf16"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: 9 bytes"), 2, "memory does not suffice"),
+        (MemoryError(), 2, "memory does not suffice"),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
 )

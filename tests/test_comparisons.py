@@ -224,6 +224,14 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     assert again["rates tried"] == "1.35 to 1.35" and again["seconds, estimated"] == "27"
 
 
+def test_a_run_whose_loss_was_not_finite_has_a_row_without_steps():
+    settings = {"eval_only": False, "lr": 0.45, "epochs": 9, "patches": 2, "batch": 50}
+    settings |= {"hardware": "cpu (AMD EPYC, 2 threads)"}
+    keep("claims", "batch-64", (0.0,), settings, diverged=True)
+    (row,) = rows(comparisons.claims_runs().splitlines())
+    assert row["bag of patches"] == "0.000" and row["steps"] == row["patches seen"] == ""
+
+
 def test_transfer_has_a_column_a_method_and_leaves_other_pairs_out():
     there = {"source": "data/photos:0-4", "target": "data/photos:5-9", "images": 15_000}
     back = {"source": "data/photos:5-9", "target": "data/photos:0-4", "images": 15_000}

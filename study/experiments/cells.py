@@ -49,8 +49,9 @@ def extent(values: list[int]) -> str:
 
 
 def steps(records: list[dict]) -> str:
-    seen = [r["metrics"]["patches_seen"] // (r["patches"] * r["batch"]) for r in records]
-    return extent(seen)
+    """Empty where none is known: a run whose loss was not finite does not say how far it came."""
+    ended = [r for r in records if "patches_seen" in r["metrics"]]
+    return extent([r["metrics"]["patches_seen"] // (r["patches"] * r["batch"]) for r in ended])
 
 
 def differences(firsts: list[dict], seconds: list[dict], key: str = "linear_top1") -> list[float]:
