@@ -1,5 +1,6 @@
 """What was measured: its records, and the tables that are written from them."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from empssl_support.cli import UsageError
+from study import baselines
 from study.experiments import records, tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,20 @@ def test_every_run_says_where_it_comes_from(path):
         assert len(run["commit"].removesuffix("-dirty")) == 40
     of_each = [(run["name"], run["seed"]) for run in runs]
     assert len(set(of_each)) == len(of_each)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_runs_of_one_name_differ_in_seed_and_machine_alone(path):
+    """A row of a table is the mean of them."""
+    fields = {field.name for field in dataclasses.fields(baselines.Config)}
+    of_a_run = {"seed", "name", "force", "data_dir", "device", "precision"}
+    alike = fields - of_a_run | {"images", "settled", "whole", "before"}
+    first_of = {}
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        first = first_of.setdefault(run["name"], run)
+        differ = {key for key in alike if run.get(key) != first.get(key)}
+        assert not differ, run["name"]
 
 
 def test_a_kept_record_replaces_the_one_of_its_name_and_seed(results):
