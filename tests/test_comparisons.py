@@ -221,6 +221,7 @@ def test_the_runs_of_claims_say_what_they_are(monkeypatch):
     assert added["seconds, estimated"] == "57"  # 9 epochs, and 30 s of the first phase
     assert added["bag of patches"] == "0.650 ± 0.071" and added["seeds"] == "2"
     assert added["on"] == "AMD EPYC"
+    assert again["what is changed"] == "as `one-size`"
     assert again["rates tried"] == "1.35 to 1.35" and again["seconds, estimated"] == "27"
 
 

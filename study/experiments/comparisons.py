@@ -206,6 +206,8 @@ def claims_runs() -> str:
         changed = [f"`{variant.changes}`"] if variant.changes else []
         if variant.before:
             changed.append(f"after `{variant.before}`")
+        if variant.like:
+            changed.append(f"as `{variant.like}`")
         rows.append(
             [
                 f"`{name}`",
