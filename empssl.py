@@ -12,11 +12,12 @@ where Z_i (b, d) are the embeddings of the i-th patch of each image, and m_j is 
 embeddings of image j's patches.
 
 This file is the whole method, in the paper's order: settings, patches, encoder, loss, optimizer,
-training, evaluation, command line. `empssl_support/` holds what it needs and need not explain.
+training, evaluation; then what a run does with it. `empssl_support/` holds what it needs and need
+not explain.
 
-Letters: n patches an image, b images a batch, d the width of an embedding, N images in a data set,
-s the side of a patch in pixels. Embeddings are z (n, b, d), patch-major: z[i] is the i-th patch of
-every image, and row i*b + j of anything flattened is patch i of image j.
+Letters: n patches per image, b images per batch, d the width of an embedding, N images in a data
+set, s the side of a patch in pixels. Embeddings are z (n, b, d), patch-major: z[i] is the i-th
+patch of every image, and row i*b + j of anything flattened is patch i of image j.
 
     python empssl.py --dataset cifar10 --epochs 10
 """
@@ -24,11 +25,12 @@ every image, and row i*b + j of anything flattened is patch i of image j.
 import empssl_support  # noqa: F401  (before torch: it sets how torch's idle threads wait)
 
 # isort: split
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -98,15 +100,16 @@ __all__ = [
 
 # ---- Settings -----------------------------------------------------------------------------------
 # Every field is a flag, `--patch-size` and so on. The method's defaults are those of the official
-# code, for 20 patches an image and one epoch. A preset is a set of other defaults.
+# code, for 20 patches per image and one epoch. A preset is a set of other defaults.
 
 
 @dataclass
 class Config:
     """The settings of a run.
 
-    A command line may leave `device`, `precision` and `patch_size` to the machine and the images.
-    In Python give these three yourself.
+    A command line fills in the preset's values, and leaves `device`, `precision` and `patch_size`
+    to the machine and the images. In Python nothing is filled in: give these three yourself, and a
+    preset as `Config(**PRESETS["laptop"], device="cpu", precision="float32")`.
     """
 
     # The data.
@@ -120,10 +123,10 @@ class Config:
         "auto", "paper on a GPU, laptop on a CPU", choices=("auto", "paper", "laptop")
     )
     epochs: int = flag(1, "passes over the training images; the cosine ends with the last", least=1)
-    patches: int = flag(20, "n, patches an image", least=1)
+    patches: int = flag(20, "n, patches per image", least=1)
     patch_size: int = flag(None, "s, side of a patch in pixels (the image's, at most 224)", least=1)
     augmentation: str = flag("paper", "how patches are recoloured", choices=("paper", "light"))
-    batch: int = flag(100, "b, images a batch", least=1)
+    batch: int = flag(100, "b, images per batch", least=1)
     lam: float = flag(200.0, "lambda, the weight of the invariance", least=0)
     eps2: float = flag(0.2, "epsilon squared, the distortion of the coding rate", above=0)
     backbone: str = flag("resnet18", "backbone of the encoder", choices=("resnet18", "small"))
@@ -142,11 +145,11 @@ class Config:
     drop_last_stage: bool = flag(False, "leave the backbone's last stage out")
 
     # The evaluation.
-    eval_patches: int = flag(16, "patches an image when probing", least=1)
+    eval_patches: int = flag(16, "patches per image when probing", least=1)
     eval_augmentation: str = flag(
         "grid", "evaluate crops on an even grid, or drawn as in training", choices=("grid", "train")
     )
-    probe_epochs: str = flag(None, "probe after these epochs too, as 1,10")
+    probe_epochs: str = flag(None, "also probe after these epochs, such as 1,10")
     eval_only: bool = flag(False, "probe --checkpoint or, without one, the untrained encoder")
     checkpoint: str = flag(None, "an encoder.pt: to probe, to export, to search with")
     export_features: str = flag(None, "write the features of all images to this .npz or .csv")
@@ -155,7 +158,7 @@ class Config:
 
     # The run and the machine.
     seed: int = flag(
-        0, "of weights, order and patches; a CPU run repeats exactly, with as many threads", least=0
+        0, "of weights, order and patches; a CPU repeats a run exactly, with equal threads", least=0
     )
     device: str = flag("auto", "cpu, cuda, cuda:1, mps")
     precision: str = flag(
@@ -189,7 +192,10 @@ PRESETS = {
 }
 
 
-def generator(seed: int, purpose: str, step: int) -> torch.Generator:
+# ---- Randomness and precision -------------------------------------------------------------------
+
+
+def generator_of(seed: int, purpose: str, step: int) -> torch.Generator:
     """A generator of random numbers that (seed, purpose, step) determine.
 
     So there is no state to save, and every process draws the same. PyTorch's CPU generator uses
@@ -199,18 +205,31 @@ def generator(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+@contextlib.contextmanager
+def first_weights_by(seed: int) -> Iterator[None]:
+    """In the block layers are made on the CPU with the first weights that the seed determines.
+
+    The global random state is left as it was, a GPU's too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def dtype_of_patches(precision: str) -> torch.dtype:
+def dtype_of(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 # ---- Patches (paper section 3.1) ----------------------------------------------------------------
 # `sample_patches` draws the numbers that describe each patch; nothing else about patches is random.
-# `extract_patches` is a pure function of them: (n*b, 3, s, s), patch-major. It is a compiled op
-# where that was built; empssl_support/pixels.py is the same in plain PyTorch.
+# `extract_patches(images, index, params, s)` cuts and recolours them, and draws nothing itself:
+# images (N, 3, H, W) uint8, index (b,) and params (n, b, K) -> (n*b, 3, s, s) in [-1, 1],
+# patch-major. It is a compiled op where that was built; empssl_support/pixels.py is the same in
+# plain PyTorch.
 
 
 @dataclass
@@ -253,9 +272,10 @@ class Augmentation:
 
 
 def training_augmentation(config: Config, image_size: tuple[int, int]) -> Augmentation:
-    """What `--augmentation` names; large images, as in the official code, have other ratios too.
+    """What `--augmentation` names.
 
-    "light" changes saturation and hue less, and leaves blur and solarization out.
+    "light" changes saturation and hue less, and leaves blur and solarization out. From images of
+    more than 64 pixels crops of ratios from 3/4 to 4/3 are cut, as in the official code.
     """
     ratio = (1.0, 1.0) if max(image_size) <= 64 else (3 / 4, 4 / 3)
     if config.augmentation == "light":
@@ -283,21 +303,22 @@ def sample_patches(
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
-    # Uniform numbers, an (n, b) for each of the choices below.
-    chance = iter(torch.rand(15, n, b, generator=generator))
+    # Uniform numbers, an (n, b) for each of the 15 choices below. Each choice takes its own even
+    # where it does nothing, so that no setting shifts what the others draw.
+    draws = iter(torch.rand(15, n, b, generator=generator))
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * next(chance)
+        return low + (high - low) * next(draws)
 
     def happens(probability: float) -> Tensor:
-        return next(chance) < probability
+        return next(draws) < probability
 
     area = H * W * uniform(*a.area)
     ratio = torch.exp(uniform(math.log(a.ratio[0]), math.log(a.ratio[1])))
     height = (area / ratio).sqrt().round().clamp(1, H)
     width = (area * ratio).sqrt().round().clamp(1, W)
-    top = (next(chance) * (H - height + 1)).floor()
-    left = (next(chance) * (W - width + 1)).floor()
+    top = (next(draws) * (H - height + 1)).floor()
+    left = (next(draws) * (W - width + 1)).floor()
     flip = happens(a.flip)
 
     jitter = happens(a.jitter)
@@ -306,7 +327,7 @@ def sample_patches(
         factor = uniform(max(0.0, 1 - strength), 1 + strength)
         factors.append(torch.where(jitter, factor, 1.0))
     hue = torch.where(jitter, uniform(-a.hue, a.hue), 0.0)
-    order = torch.where(jitter, (next(chance) * len(ops.ORDERS)).floor(), 0.0)
+    order = torch.where(jitter, (next(draws) * len(ops.ORDERS)).floor(), 0.0)
 
     grey = happens(a.grey)
     sigma = torch.where(happens(a.blur), uniform(*a.sigma), 0.0)
@@ -318,8 +339,8 @@ def sample_patches(
 def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     """Like `sample_patches`, without chance: crops of a quarter of the image on an even grid.
 
-    Row by row, so patch i lies in row i // k and column i % k of a grid of k x k. Raises
-    `UsageError` where n is no square.
+    Returns float32 `(n, b, K)`, the same for each image. Row by row: patch i lies in row i // k and
+    column i % k of a grid of k x k. Raises `UsageError` where n is no square number.
     """
     H, W = image_size
     k = math.isqrt(n)
@@ -328,12 +349,14 @@ def grid_patches(b: int, n: int, image_size: tuple[int, int]) -> Tensor:
     side = max(1, round(math.sqrt(H * W / 4)))
     height, width = min(side, H), min(side, W)
     places = torch.linspace(0, 1, k) if k > 1 else torch.tensor([0.5])
+    top = (places.repeat_interleave(k) * (H - height)).round().view(n, 1)
+    left = (places.repeat(k) * (W - width)).round().view(n, 1)
+    # Brightness, contrast and saturation stay as they are by a factor of 1, all else by a 0.
+    chosen = {"top": top, "left": left, "height": height, "width": width}
+    chosen |= {"brightness": 1, "contrast": 1, "saturation": 1}
     params = torch.zeros(n, b, ops.K)
-    params[..., 0] = (places.repeat_interleave(k) * (H - height)).round().view(n, 1)  # top
-    params[..., 1] = (places.repeat(k) * (W - width)).round().view(n, 1)  # left
-    params[..., 2] = height
-    params[..., 3] = width
-    params[..., 5:8] = 1  # brightness, contrast and saturation stay as they are
+    for column, value in chosen.items():
+        params[..., ops.COLUMNS.index(column)] = value
     return params
 
 
@@ -395,7 +418,10 @@ class Encoder(nn.Module):
         return F.normalize(at_least_float32(z), dim=-1)  # (P, d)
 
     def matrices(self) -> list[Tensor]:
-        """The weights of layers and convolutions up to the representation: what Muon updates."""
+        """What Muon updates: the weights of layers and convolutions up to the representation.
+
+        The projector, which is let go of after training, is left to LARS.
+        """
         below = [*self.backbone.parameters(), *self.represent.parameters()]
         return [p for p in below if p.ndim > 1]
 
@@ -425,12 +451,8 @@ def resnet18_backbone(patch_size: int, drop_last_stage: bool) -> tuple[nn.Module
 
 
 def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -> Encoder:
-    """An encoder whose first weights `config.seed` determines.
-
-    The CPU's global random state is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    """An encoder whose first weights `config.seed` determines, on the settings' device."""
+    with first_weights_by(config.seed):
         encoder = kind(
             config.backbone,
             config.patch_size,
@@ -443,9 +465,9 @@ def new_encoder(config: Config, images: Tensor, kind: type[Encoder] = Encoder) -
     if config.backbone == "small":
         # Its first layer begins as filters that whiten the images: two million pixels suffice.
         count = max(1, 2**21 // images[0, 0].numel())
-        some = torch.randperm(len(images), generator=generator(config.seed, "whiten", 0))[:count]
+        some = torch.randperm(len(images), generator=generator_of(config.seed, "whiten", 0))[:count]
         first_layer = encoder.backbone[0]
-        mixtures = generator(config.seed, "mixtures", 0)
+        mixtures = generator_of(config.seed, "mixtures", 0)
         whiten(first_layer, images[some.to(images.device)].cpu(), mixtures)
     return encoder.to(config.device, memory_format=torch.channels_last)
 
@@ -478,19 +500,20 @@ def coding_rate(
     scale: float | Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Total Coding Rate `R` of `z (n, b, d)`, the mean over patches, in nats (equation 2).
+    """Total Coding Rate `R` of `z (n, b, d)`, in nats (equation 2): the mean over patches i of
+
+        1/2 log det(I + d / (b eps2) Z_i^T Z_i)
 
     `eps2` is the paper's epsilon squared; the official code uses its `--eps` unsquared. Computed in
     float32 or better, whatever z is: a half-precision Gram matrix gives NaN or, more often, a wrong
-    number on a nearly collapsed batch. NaN where z is not finite.
+    number on a nearly collapsed batch. NaN where z is not finite. On a collapsed batch float32 is
+    accurate while d / (b eps2) times the sum of a Z_i's squares, d / eps2 for unit rows, is below a
+    million. Beyond that give `z.double()`.
 
-    For other methods (docs/ops.md): z may have any leading dimensions, `(..., b, d)`. `scale`
-    stands in the place of d / (b eps2): a number, or a tensor that expands to `(...)`, a scale a
-    matrix. With `reduction="none"` there is a value a matrix, `(...)`. Raises `ValueError` for
-    another reduction, and PyTorch's `RuntimeError` for a scale that does not expand.
-
-    On a collapsed batch float32 is accurate while scale times the sum of z's squares, d / eps2 for
-    unit rows, is below a million. Beyond that give `z.double()`.
+    For other methods (docs/ops.md) z may have any leading dimensions, `(..., b, d)`. `scale`
+    replaces d / (b eps2): a number, or a tensor that expands to `(...)`, one scale per matrix. With
+    `reduction="none"` the result has one value per matrix, `(...)`. Raises `ValueError` for another
+    reduction, and PyTorch's `RuntimeError` for a scale that does not expand.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; give mean or none.")
@@ -552,7 +575,7 @@ class Objective(nn.Module):
 
 
 def empssl_loss(z: Tensor, lam: float = 200.0, eps2: float = 0.2) -> Tensor:
-    """`-(R + lam * D)`, to be minimised, of `z (n, b, d)` with unit rows; as `Objective` has it."""
+    """For a loop of your own: `-(R + lam * D)` of `z (n, b, d)` with unit rows, to be minimised."""
     return -(coding_rate(z, eps2) + lam * invariance(z))
 
 
@@ -602,10 +625,10 @@ class LARS(torch.optim.Optimizer):
         lr, g = group["lr"], p.grad
         if p.ndim != 1:
             g = self.scaled(p, g, lr, group["weight_decay"], group["eta"])
-        p.sub_(lr * self.with_momentum(p, g, group["momentum"]))
+        p.sub_(lr * self.nesterov_step(p, g, group["momentum"]))
 
-    def with_momentum(self, p: Tensor, g: Tensor, momentum: float) -> Tensor:
-        """Nesterov's step: v <- momentum v + g, and then g + momentum v."""
+    def nesterov_step(self, p: Tensor, g: Tensor, momentum: float) -> Tensor:
+        """Moves v on, v <- momentum v + g, and returns g + momentum v, of p's shape."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(g)
@@ -644,7 +667,7 @@ class Muon(LARS):
         if p not in self.matrices:
             super().update(p, group)
             return
-        step = self.with_momentum(p, p.grad, group["momentum"])
+        step = self.nesterov_step(p, p.grad, group["momentum"])
         G = step.flatten(1).to(self.dtype)
         rows, columns = G.shape
         length = group["lr"] / 6 * math.sqrt(max(1, rows / columns))
@@ -674,7 +697,7 @@ def new_optimizer(
     """What updates the parameters; `matrices` are those among them that Muon treats as its own."""
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
-        dtype = dtype_of_patches(config.precision)
+        dtype = dtype_of(config.precision)
         return Muon(parameters, matrices, dtype, eta=config.eta, **common)
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
@@ -696,13 +719,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # ---- Training (paper algorithm 1) ---------------------------------------------------------------
 
 
-def train(encoder, images: Tensor, config: Config, augmentation, objective=None, run=None) -> dict:
-    """Train an `Encoder` in place, on its device, for `config.epochs` passes over the images.
+def train(
+    encoder: Encoder,
+    images: Tensor,
+    config: Config,
+    augmentation: Augmentation | list[Augmentation],
+    objective: nn.Module | None = None,
+    run: Run | None = None,
+) -> dict:
+    """Train an encoder in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The augmentation is as
-    `sample_patches` has it, the objective as `Objective`; `run`, a `Run`, logs, saves and resumes.
-    Under torchrun each process encodes its share of a batch; the loss is of all b. Returns the last
-    R and D, train_seconds, patches_seen. Raises `UsageError` where b > N, and what `Run` raises.
+    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The objective is by
+    default an `Objective` of the settings; the run logs, saves and resumes. Under torchrun each
+    process encodes its share of a batch, and the loss is of all b. Returns the last R and D,
+    train_seconds and patches_seen. Raises `UsageError` where b > N, `FloatingPointError` where the
+    loss or a weight is not finite, and `Stopped` after a signal that a run of a folder waits for.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
@@ -711,7 +742,7 @@ def train(encoder, images: Tensor, config: Config, augmentation, objective=None,
     steps = N // b  # in an epoch
     total = config.epochs * steps
     sides = sides_of_patches(config, total)  # s, of each step
-    device, dtype = next(encoder.parameters()).device, dtype_of_patches(config.precision)
+    device, dtype = next(encoder.parameters()).device, dtype_of(config.precision)
     mine = share(b)  # the slice of a batch that this process encodes
 
     objective = objective or Objective(config.lam, config.eps2)
@@ -725,12 +756,12 @@ def train(encoder, images: Tensor, config: Config, augmentation, objective=None,
     for t in run.steps(config.epochs, steps, n * b):  # from `first` on, with a progress bar
         epoch, i = divmod(t, steps)
         if i == 0 or t == first:
-            order = torch.randperm(N, generator=generator(seed, "order", epoch))
+            order = torch.randperm(N, generator=generator_of(seed, "order", epoch))
             encoder.train()  # an evaluation at the epoch's end leaves it in eval mode
         index = order[i * b : (i + 1) * b]  # (b,)
 
         # Cut n augmented patches from each image.
-        params = sample_patches(b, n, image_size, augmentation, generator(seed, "patches", t))
+        params = sample_patches(b, n, image_size, augmentation, generator_of(seed, "patches", t))
         x = extract_patches(images, index[mine], params[:, mine], sides[t], dtype, device)
 
         # Their unit embeddings, and minus (R + lambda D) of the whole batch.
@@ -749,6 +780,8 @@ def train(encoder, images: Tensor, config: Config, augmentation, objective=None,
 
 
 # ---- Evaluation (paper section 4) ---------------------------------------------------------------
+# `from_first(f)` is f(), called in the first process alone where there are several; all get its
+# value.
 
 
 @torch.no_grad()
@@ -761,15 +794,18 @@ def embed(
     precision: str = "float32",
     quadrants: bool = False,
 ) -> Tensor:
-    """The bag of patches: each image's representation, averaged over its patches.
+    """The bag of patches: each image's representation h (not its embedding z), its patches' mean.
 
     images `(N, 3, H, W)` uint8 -> `(N, hidden)` float32, on the encoder's device. Patches are crops
-    on an even grid, not recoloured, or with an `augmentation` drawn at random (on a GPU others than
-    on a CPU, which takes fewer images at once). The official code draws 128, as in training. Each
-    is encoded by itself. With `quadrants` there is a mean for each quadrant of the grid, side by
-    side, `(N, 4 * hidden)`: top left, top right, bottom left, bottom right. Puts the encoder into
-    eval mode. Raises `UsageError` where `patches` makes no such grid, or no quadrants.
+    on an even grid, not recoloured, or with an `augmentation` drawn at random; a GPU, which takes
+    more images at once, then draws others than a CPU. The official code draws 128, as in training.
+    Each patch is encoded by itself. With `quadrants` there is a mean for each quadrant of the grid,
+    side by side, `(N, 4 * hidden)`: top left, top right, bottom left, bottom right. Puts the
+    encoder into eval mode. Raises `UsageError` where `patches` is below 1 or makes no such grid or
+    no quadrants.
     """
+    if patches < 1:
+        raise UsageError(f"there are {patches} patches to embed an image by; give at least 1.")
     k = math.isqrt(patches)
     if quadrants and (augmentation or k % 2):
         raise UsageError("quadrants need a grid of even side; give 4, 16 or 36 patches on a grid.")
@@ -786,11 +822,11 @@ def embed(
     for start in progress(starts[share(len(starts))], desc="embedding", unit="batch", leave=False):
         index = torch.arange(start, min(start + at_once, N))
         if augmentation:
-            chance = generator(seed, "embed", start)
+            chance = generator_of(seed, "embed", start)
             params = sample_patches(len(index), patches, image_size, augmentation, chance)
         else:
             params = grid_patches(len(index), patches, image_size)
-        x = extract_patches(images, index, params, s, dtype_of_patches(precision), device)
+        x = extract_patches(images, index, params, s, dtype_of(precision), device)
         with autocast(device, precision):
             h = encoder.representation(x)
         h = h.float().unflatten(0, (patches, -1))  # (n, b, hidden)
@@ -824,14 +860,13 @@ def linear_probe(
     test_features = test_features.to(device)
     y, test_labels = train_labels.to(device), test_labels.to(device)
     classes = int(max(y.max(), test_labels.max())) + 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with first_weights_by(seed):
         layer = nn.Linear(train_features.shape[1], classes).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, weight_decay=5e-5)
 
     for epoch in progress(range(epochs), desc="linear probe", unit="epoch", leave=False):
         set_learning_rate(optimizer, cosine(lr, epoch, epochs))
-        order = torch.randperm(len(y), generator=generator(seed, "probe", epoch)).to(device)
+        order = torch.randperm(len(y), generator=generator_of(seed, "probe", epoch)).to(device)
         for index in order.split(batch):
             x = train_features.index_select(0, index)  # [index] is slower on a CPU
             loss = F.cross_entropy(layer(x), y[index])
@@ -866,7 +901,7 @@ def knn_probe(
     for block in progress(blocks, desc="kNN", unit="block", leave=False):
         queries = F.normalize(test_features[block], dim=1)
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (1000, k)
-        votes = torch.zeros(len(queries), int(y.max()) + 1, device=bank.device)
+        votes = similarity.new_zeros(len(queries), int(y.max()) + 1)
         votes.scatter_add_(1, y[nearest], (similarity / temperature).exp())
         hits += (votes.argmax(1) == test_labels[block]).sum().item()
     return hits / len(test_labels)
@@ -874,23 +909,23 @@ def knn_probe(
 
 @torch.no_grad()
 def effective_rank(h: Tensor) -> float:
-    """How many dimensions the representations `h (N, d)` fill: from 1 to min(N, d), or near it.
+    """How many dimensions the features `h (N, width)` fill: from 1 to about min(N, width).
 
     RankMe, Garrido et al., arXiv 2210.02885, section 3: the exponential of the entropy of the
     singular values of h, which is not centred. Needs no labels. NaN where h is not finite.
     """
     if not h.isfinite().all():
         return math.nan
-    sigma = torch.linalg.svdvals(at_least_float32(h))  # (min(N, d),)
+    sigma = torch.linalg.svdvals(at_least_float32(h))  # (min(N, width),)
     p = sigma / sigma.sum().clamp(min=1e-7) + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
 
 
 @torch.no_grad()
 def neighbours_kept(h1: Tensor, h2: Tensor, k: int = 10) -> float:
-    """The share of its k nearest images that an image keeps, in [0, 1], under other patches.
+    """How many of an image's k nearest stay so under other patches: the mean share, in [0, 1].
 
-    h1 and h2 `(N, d)` are representations of the same N > 1 images, from two draws of patches.
+    h1 and h2 `(N, width)` are features of the same N > 1 images, from two draws of patches.
     Nearest by cosine among the N, of which an image itself does not count. By chance it is about
     k / (N - 1); where N - 1 <= k it is 1 and says nothing.
     """
@@ -949,10 +984,10 @@ def probe_without_training(h: Tensor, test_h: Tensor, data: Dataset) -> dict:
     return {"untrained_knn_top1": untrained, "raw_pixels_knn_top1": probe_pixels(data, knn_probe)}
 
 
-def probe_pixels(data: Dataset, how):
-    """What `linear_probe` or `knn_probe` says of the images themselves, at most 32x32 pixels."""
+def probe_pixels(data: Dataset, probe):
+    """What `linear_probe` or `knn_probe` returns of raw pixels, averaged to at most 32x32."""
     x, test_x = raw_pixels(data.train_images), raw_pixels(data.test_images)
-    return from_first(lambda: how(x, data.train_labels, test_x, data.test_labels))
+    return from_first(lambda: probe(x, data.train_labels, test_x, data.test_labels))
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -980,8 +1015,8 @@ def settle(encoder: Encoder, images: Tensor, augmentation: Augmentation, config:
             layer.momentum = None  # average all that it sees
     device = torch.device(config.device)
     for t in range(10):
-        index = torch.randint(len(images), (64,), generator=generator(config.seed, "settle", t))
-        chance = generator(config.seed, "settled", t)
+        index = torch.randint(len(images), (64,), generator=generator_of(config.seed, "settle", t))
+        chance = generator_of(config.seed, "settled", t)
         params = sample_patches(64, 4, images.shape[2:], augmentation, chance)
         encoder(extract_patches(images, index, params, config.patch_size, device=device))
 
@@ -1008,7 +1043,7 @@ def rank_of(encoder: Encoder, some: Tensor, config: Config) -> float:
 
 def scored_images(images: Tensor, most: int = 2048) -> Tensor:
     """The same ones at each call."""
-    rows = torch.randperm(len(images), generator=generator(0, "score", 0))[:most]
+    rows = torch.randperm(len(images), generator=generator_of(0, "score", 0))[:most]
     return images[rows.to(images.device)]
 
 
@@ -1020,7 +1055,7 @@ def knn_within_training(encoder: Encoder, data: Dataset, config: Config) -> dict
     queries = min(1000, len(data.train_images) // 6)
     if data.train_labels is None or queries == 0:
         return {}
-    rows = torch.randperm(len(data.train_images), generator=generator(0, "holdout", 0))
+    rows = torch.randperm(len(data.train_images), generator=generator_of(0, "holdout", 0))
     rows = rows[: 6 * queries]
     y = data.train_labels[rows]
     images = data.train_images[rows.to(data.train_images.device)]
@@ -1030,7 +1065,7 @@ def knn_within_training(encoder: Encoder, data: Dataset, config: Config) -> dict
     return {"train_knn_top1": top1}
 
 
-# ---- Command line -------------------------------------------------------------------------------
+# ---- A run --------------------------------------------------------------------------------------
 
 
 def method(config: Config, data: Dataset) -> tuple[Encoder, Augmentation, nn.Module]:
@@ -1069,7 +1104,7 @@ def launch(config: Config, method=method) -> dict:
 
 
 def carry_out(config: Config, data: Dataset, method) -> dict:
-    """Train, probe and export, as the settings say; returns as `launch`."""
+    """Train, probe and export, as the settings say; returns what `launch` returns."""
     # What cannot work is refused here, before anything is written.
     trains = not (config.checkpoint or config.eval_only)
     if trains:
@@ -1139,19 +1174,19 @@ def train_in(
 
 
 def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) -> dict:
-    """Probe the encoder, and keep its features in the run's folder."""
+    """Probe the encoder, and keep its features in the run's folder; returns what was found."""
     started = time.perf_counter()
-    train_h, test_h = features_of_splits(encoder, data, config)
+    features, test_features = features_of_splits(encoder, data, config)
+    bag = features.bag
+    test_bag = None if test_features is None else test_features.bag
     if config.export_features:
-        test_bag = None if test_h is None else test_h.bag
-        export_features(config.export_features, train_h.bag, test_bag, data)
+        export_features(config.export_features, bag, test_bag, data)
     record = score(encoder, data.train_images, config)
-    if test_h is not None:
-        record |= probe(train_h, test_h, data)
-    # Only the bags are needed from here on: let go of the quadrants, which are four times as wide,
-    # before there are other features.
-    train_h = train_h.bag
-    test_h = None if test_h is None else test_h.bag
+    if test_features is not None:
+        record |= probe(features, test_features, data)
+    # The bags suffice from here on: let go of the quadrants, which are four times as wide, before
+    # there are other features.
+    del features, test_features
 
     # What learning has to beat, unless this encoder is itself the untrained one.
     untrained = None
@@ -1159,12 +1194,61 @@ def results(folder: RunFolder, encoder: Encoder, data: Dataset, config: Config) 
         untrained = untrained_encoder(config, data.train_images)
         some = scored_images(data.train_images)
         record["untrained_effective_rank"] = rank_of(untrained, some, config)
-    if test_h is None:
-        keep_without_labels(folder, train_h, untrained, data, config)
+    if test_bag is None:
+        keep_without_labels(folder, bag, untrained, data, config)
     else:
-        record |= results_with_labels(folder, test_h, untrained, data, config)
+        record |= results_with_labels(folder, test_bag, untrained, data, config)
     tell(record)
     return record | {"probe_seconds": time.perf_counter() - started}
+
+
+def features_of_splits(
+    encoder: Encoder, data: Dataset, config: Config
+) -> tuple[Features, Features | None]:
+    """Features of the training and the test images.
+
+    Without labels there are no test images, nothing is probed, and the bags alone are made.
+    """
+    if data.test_images is None:
+        return Features(bag_to_probe(encoder, data.train_images, config), None), None
+    train_h = features_to_probe(encoder, data.train_images, config)
+    return train_h, features_to_probe(encoder, data.test_images, config)
+
+
+# ---- What a run says and keeps ------------------------------------------------------------------
+
+
+def announce(config: Config, images: Tensor) -> None:
+    N, _, H, W = images.shape
+    steps = N // config.batch * config.epochs
+    sides = dict.fromkeys(sides_of_patches(config, steps))
+    print(
+        f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, "
+        f"{steps:,} steps, {steps * config.batch * config.patches:,} patches of "
+        f"{', then '.join(f'{s}x{s}' for s in sides)} in all"
+    )
+    describe_ops(config)
+
+
+def describe_ops(config: Config) -> None:
+    device = torch.device(config.device)
+    rows = min(config.batch, config.dim)
+    print(*ops.describe(device, config.patch_size or 32, rows), sep="\n")
+
+
+def keep_some_patches(
+    folder: RunFolder, images: Tensor, augmentation: Augmentation | list, config: Config
+) -> None:
+    """Write `patches.npz` for the report: six images, and twelve training patches of each."""
+    some = torch.randperm(len(images), generator=generator_of(config.seed, "report", 0))[:6]
+    if isinstance(augmentation, list):
+        augmentation = (augmentation * 12)[:12]
+    chance = generator_of(config.seed, "report", 1)
+    params = sample_patches(len(some), 12, images.shape[2:], augmentation, chance)
+    x = extract_patches(images, some, params, config.patch_size)
+    patches = ((x + 1) * 127.5).round().to(torch.uint8).unflatten(0, (12, -1))
+    chosen = images[some.to(images.device)]
+    write_features(folder.path / "patches.npz", images=chosen, patches=patches)
 
 
 def keep_without_labels(
@@ -1214,7 +1298,7 @@ def results_with_labels(
 def shown_in_report(N: int, config: Config) -> Tensor:
     """Which of N images the report shows: at most 3,000, fewer where features are wide."""
     most = min(3000, 6_000_000 // config.hidden)
-    order = torch.randperm(N, generator=generator(config.seed, "shown", 0))
+    order = torch.randperm(N, generator=generator_of(config.seed, "shown", 0))
     return order[:most].sort().values
 
 
@@ -1222,7 +1306,13 @@ def pick(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows.to(x.device)]
 
 
-LABELS = {
+def export_features(path: str, bag: Tensor, test_bag: Tensor | None, data: Dataset) -> None:
+    from_first(lambda: write_splits(Path(path), bag, test_bag, data))
+    tests = "" if test_bag is None else f" and {len(test_bag):,} test images"
+    print(f"features of {len(bag):,} training images{tests} written to {path}")
+
+
+SPOKEN = {
     "linear_top1": "linear probe of the bag",
     "linear_top5": "its top-5",
     "quadrants_top1": "linear probe of the quadrants",
@@ -1234,7 +1324,7 @@ LABELS = {
 
 
 def tell(record: dict) -> None:
-    accuracies = [f"{what} {record[key]:.4f}" for key, what in LABELS.items() if key in record]
+    accuracies = [f"{what} {record[key]:.4f}" for key, what in SPOKEN.items() if key in record]
     if accuracies:
         print(", ".join(accuracies))
     beside = record.get("untrained_effective_rank")
@@ -1243,29 +1333,10 @@ def tell(record: dict) -> None:
     print(f"effective rank {record['effective_rank']:.1f}{untrained}, neighbours kept {kept:.3f}")
 
 
-def features_of_splits(
-    encoder: Encoder, data: Dataset, config: Config
-) -> tuple[Features, Features | None]:
-    """Features of the training and the test images.
-
-    Without labels there are no test images, nothing is probed, and the bags alone are made.
-    """
-    if data.test_images is None:
-        return Features(bag_to_probe(encoder, data.train_images, config), None), None
-    train_h = features_to_probe(encoder, data.train_images, config)
-    return train_h, features_to_probe(encoder, data.test_images, config)
-
-
-def export_features(path: str, bag: Tensor, test_bag: Tensor | None, data: Dataset) -> None:
-    from_first(lambda: write_splits(Path(path), bag, test_bag, data))
-    tests = "" if test_bag is None else f" and {len(test_bag):,} test images"
-    print(f"features of {len(bag):,} training images{tests} written to {path}")
-
-
 def show_nearest(config: Config) -> None:
     """The ten images of a folder that are nearest to one, by the cosine of their bags of patches.
 
-    Raises `UsageError` where the image cannot be read, and as `sheet_path` and `neighbours`.
+    Raises `UsageError` where the image cannot be read, and what `sheet_path` and `neighbours` do.
     """
     sheet = sheet_path(config.nearest, config.force)
     encoder = load(config.checkpoint, config.device)
@@ -1282,37 +1353,7 @@ def show_nearest(config: Config) -> None:
     print(f"drawn: {sheet}")
 
 
-def announce(config: Config, images: Tensor) -> None:
-    N, _, H, W = images.shape
-    steps = N // config.batch * config.epochs
-    sides = dict.fromkeys(sides_of_patches(config, steps))
-    print(
-        f"preset {config.preset} on {config.device}, {config.precision}: {N:,} images of {H}x{W}, "
-        f"{steps:,} steps, {steps * config.batch * config.patches:,} patches of "
-        f"{', then '.join(f'{s}x{s}' for s in sides)} in all"
-    )
-    describe_ops(config)
-
-
-def describe_ops(config: Config) -> None:
-    device = torch.device(config.device)
-    rows = min(config.batch, config.dim)
-    print(*ops.describe(device, config.patch_size or 32, rows), sep="\n")
-
-
-def keep_some_patches(
-    folder: RunFolder, images: Tensor, augmentation: Augmentation | list, config: Config
-) -> None:
-    """A few images, and twelve patches of each as training draws them: for the report."""
-    some = torch.randperm(len(images), generator=generator(config.seed, "report", 0))[:6]
-    if isinstance(augmentation, list):
-        augmentation = (augmentation * 12)[:12]
-    chance = generator(config.seed, "report", 1)
-    params = sample_patches(len(some), 12, images.shape[2:], augmentation, chance)
-    x = extract_patches(images, some, params, config.patch_size)
-    patches = ((x + 1) * 127.5).round().to(torch.uint8).unflatten(0, (12, -1))
-    chosen = images[some.to(images.device)]
-    write_features(folder.path / "patches.npz", images=chosen, patches=patches)
+# ---- Command line -------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -165,7 +165,7 @@ def check(config) -> None:
     for field in dataclasses.fields(config):
         check_range(field, getattr(config, field.name))
     parse_size_schedule(config.size_schedule)
-    probed_epochs(config.probe_epochs)
+    check_probed_epochs(config)
     on_a_grid = config.eval_augmentation == "grid"
     if on_a_grid and math.isqrt(config.eval_patches) ** 2 != config.eval_patches:
         raise UsageError(
@@ -192,6 +192,15 @@ def check_range(field: dataclasses.Field, value) -> None:
         raise UsageError(f"{flag_name(field.name)} is {value}; it must be at least {least}.")
     if above is not None and not above < value < math.inf:
         raise UsageError(f"{flag_name(field.name)} is {value}; it must be more than {above}.")
+
+
+def check_probed_epochs(config) -> None:
+    last = max(probed_epochs(config.probe_epochs), default=0)
+    if last > config.epochs and not (config.checkpoint or config.eval_only):
+        raise UsageError(
+            f"--probe-epochs {config.probe_epochs} asks for epoch {last}, and the run has "
+            f"{config.epochs}; raise --epochs or leave it out."
+        )
 
 
 def check_target(name: str, path: str | None, endings: tuple[str, ...]) -> None:

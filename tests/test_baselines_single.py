@@ -223,7 +223,7 @@ def test_single_hears_which_images_were_mixed():
     mixed = single.prepare(x)
     partner, share = single.mixed
     assert partner.sort().values.tolist() == list(range(8)) and 0.4 < share < 1
-    expected, _ = cut_mix(x, 1.0, empssl.generator(0, "cutmix", 0))
+    expected, _ = cut_mix(x, 1.0, empssl.generator_of(0, "cutmix", 0))
     assert torch.equal(mixed, expected)
     t = single.targets(8, 10)
     assert torch.allclose(t.sum(1), torch.ones(8))

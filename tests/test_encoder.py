@@ -91,13 +91,16 @@ def test_an_untrained_encoder_has_the_statistics_of_training_patches():
     torch.testing.assert_close(norm.running_var[wide], variance, rtol=0.2, atol=0)
 
 
-def test_the_callers_chance_is_left_alone():
+def test_the_callers_chance_is_left_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     encoder, images = small_encoder(), some_images(4)
     before = torch.get_rng_state()
     embed(encoder, images, patches=4)
     embed(encoder, images, 2, Augmentation())
     empssl.new_encoder(Config(**SMALL), images)
     assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
 
 
 def test_a_saved_encoder_is_loaded_with_its_weights_and_statistics(tmp_path):

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import empssl
-from empssl import Augmentation, embed, extract_patches, generator, knn_probe, linear_probe, main
+from empssl import (
+    Augmentation,
+    embed,
+    extract_patches,
+    generator_of,
+    knn_probe,
+    linear_probe,
+    main,
+)
 from empssl_support.data import Dataset
 from empssl_support.files import save_encoder
 from empssl_support.runs import records
@@ -43,7 +51,7 @@ def test_the_bag_is_the_mean_of_an_images_patches(encoder):
     images = some_images(7)
     h = embed(encoder, images, patches=5, augmentation=Augmentation(), seed=3)
     assert h.shape == (7, 12) and h.dtype == torch.float32 and not encoder.training
-    chance = generator(3, "embed", 0)
+    chance = generator_of(3, "embed", 0)
     params = empssl.sample_patches(7, 5, (32, 32), Augmentation(), chance)
     x = extract_patches(images, torch.arange(7), params, 16)
     with torch.no_grad():
@@ -85,6 +93,11 @@ def test_quadrants_are_the_means_of_the_grids_quadrants_side_by_side(encoder):
 def test_what_has_no_quadrants(how, encoder):
     with pytest.raises(ValueError, match="quadrants need a grid of even side"):
         embed(encoder, some_images(2), quadrants=True, **how)
+
+
+def test_no_patches_make_no_bag(encoder):
+    with pytest.raises(ValueError, match="there are 0 patches to embed an image by"):
+        embed(encoder, some_images(2), patches=0)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +165,7 @@ def test_the_probe_follows_the_official_recipe():
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
     for epoch in range(epochs):
         rate = lr / 2 * (1 + math.cos(math.pi * epoch / epochs))
-        for index in torch.randperm(250, generator=generator(0, "probe", epoch)).split(100):
+        for index in torch.randperm(250, generator=generator_of(0, "probe", epoch)).split(100):
             p = F.softmax(x[index] @ weight.T + bias, 1)
             error = (p - F.one_hot(y[index], 10)) / len(index)
             weight_step = 0.9 * weight_step + error.T @ x[index] + 5e-5 * weight
@@ -169,10 +182,13 @@ def test_the_probe_follows_the_official_recipe():
     assert [defaults[name].default for name in ("epochs", "batch", "lr")] == [100, 100, 0.03]
 
 
-def test_a_probe_leaves_the_random_numbers_of_others_alone():
+def test_a_probe_leaves_the_random_numbers_of_others_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
     linear_probe(*blobs(100, seed=1), *blobs(50, seed=2), epochs=1)
     assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
 
 
 def test_knn_by_hand():
@@ -186,9 +202,10 @@ def test_knn_by_hand():
     # Where the temperature makes all weights alike, three outvote two; of the nearest two, none.
     assert knn_probe(train, y, query, torch.tensor([0]), temperature=1e3) == 1
     assert knn_probe(train, y, query, torch.tensor([1]), k=2, temperature=1e3) == 1
-    # Nearest by angle, however long.
+    # Nearest by angle, however long, and however precise.
     train[y == 0] *= 10
     assert knn_probe(train, y, query, torch.tensor([1])) == 1
+    assert knn_probe(train.double(), y, query.double(), torch.tensor([1])) == 1
 
 
 def test_knn_weighs_twenty_neighbours_as_published():
@@ -226,7 +243,7 @@ def test_the_sign_of_progress_is_of_held_out_images(how, patches, encoder, monke
     seen = []
     monkeypatch.setattr(empssl, "knn_probe", lambda *arguments: seen.extend(arguments) or 0.0)
     empssl.knn_within_training(encoder, data, config)
-    rows = torch.randperm(60, generator=generator(0, "holdout", 0))
+    rows = torch.randperm(60, generator=generator_of(0, "holdout", 0))
     drawn = empssl.training_augmentation(config, (32, 32)) if how == "train" else None
     h = embed(encoder, images[rows], min(4, patches), drawn)
     expected = h[10:], labels[rows][10:], h[:10], labels[rows][:10]

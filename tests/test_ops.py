@@ -110,7 +110,7 @@ def test_the_papers_patches(device, s, isa):
         12,
         (48, 40),
         Augmentation(area=(0.05, 1), ratio=(0.5, 2), blur=0.5, solarize=0.3),
-        empssl.generator(0, "test", s),
+        empssl.generator_of(0, "test", s),
     ).to(device)
     near = assert_as_good_as_pytorch(
         extract(images, index, params, s, torch.float32), images, index, params, s
@@ -456,7 +456,7 @@ def test_a_training_step_is_captured_or_compiled(how, monkeypatch):
     encoder = empssl.Encoder("resnet18", 16, hidden=64, projector=64, dim=32, drop_last_stage=True)
     encoder = encoder.to("cuda", memory_format=torch.channels_last).train()
     params = [
-        sample_patches(10, 4, (32, 32), Augmentation(), empssl.generator(0, "graph", t)).cuda()
+        sample_patches(10, 4, (32, 32), Augmentation(), empssl.generator_of(0, "graph", t)).cuda()
         for t in range(3)
     ]
     weights, place = list(encoder.parameters()), params[0].clone()

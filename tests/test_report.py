@@ -388,11 +388,11 @@ def test_the_patches_that_are_kept_are_drawn_as_the_method_draws_them():
     main([*SHAPES, "--name", "demo"])
     saved = np.load("runs/demo/patches.npz")
     data = empssl.load_dataset("shapes", subset=60)
-    some = torch.randperm(60, generator=empssl.generator(0, "report", 0))[:6]
+    some = torch.randperm(60, generator=empssl.generator_of(0, "report", 0))[:6]
     assert np.array_equal(saved["images"], data.train_images[some])
     config = empssl.Config(augmentation="light")
     augmentation = empssl.training_augmentation(config, (32, 32))
-    chance = empssl.generator(0, "report", 1)
+    chance = empssl.generator_of(0, "report", 1)
     params = empssl.sample_patches(6, 12, (32, 32), augmentation, chance)
     x = empssl.extract_patches(data.train_images, some, params, 16).view(12, 6, 3, 16, 16)
     assert np.abs(saved["patches"] / 127.5 - 1 - x.numpy()).max() < 1 / 127

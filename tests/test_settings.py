@@ -145,6 +145,7 @@ MISTAKES = [
     ("--size-schedule 16:0.5,64:0.5", "larger than the 32x32 images"),
     ("--size-schedule 0:0.5,16:0.5", "between 1 and"),
     ("--probe-epochs 1,x", "list of epochs"),
+    ("--epochs 2 --probe-epochs 1,3", "asks for epoch 3, and the run has 2"),
     ("--eta -1", "--eta is -1"),
     ("--report runs/nothing", "runs/nothing is no run's folder"),
 ]

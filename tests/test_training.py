@@ -46,8 +46,8 @@ def test_one_step_by_hand():
     encoder, images, config = tiny_training(steps=1, **settings)
     torch.manual_seed(5)
     ours = small_encoder()
-    order = torch.randperm(len(images), generator=empssl.generator(3, "order", 0))[:8]
-    chance = empssl.generator(3, "patches", 0)
+    order = torch.randperm(len(images), generator=empssl.generator_of(3, "order", 0))[:8]
+    chance = empssl.generator_of(3, "patches", 0)
     params = empssl.sample_patches(8, 3, (32, 32), Augmentation(), chance)
     z = ours(empssl.extract_patches(images, order, params, 16)).view(3, 8, 8)
     empssl.empssl_loss(z, config.lam, 0.5).backward()
@@ -72,7 +72,7 @@ def test_training_lowers_the_loss(precision):
     objective, _ = trained(encoder, images, config)
     losses = objective.losses
     assert len(losses) == 32 and np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.25
-    assert objective.patches[0].dtype == empssl.dtype_of_patches(precision)
+    assert objective.patches[0].dtype == empssl.dtype_of(precision)
     h, exact = (empssl.embed(encoder, images, 4, precision=how) for how in (precision, "float32"))
     alike = torch.nn.functional.cosine_similarity(h, exact).min()
     assert h.dtype == torch.float32 and alike > 0.99
@@ -212,9 +212,9 @@ def test_generator_hashes_all_of_its_arguments():
         (0, "order", 1),
         (2**32, "order", 0),
     ]
-    draws = [torch.rand(1, generator=empssl.generator(*key)).item() for key in keys]
+    draws = [torch.rand(1, generator=empssl.generator_of(*key)).item() for key in keys]
     assert len(set(draws)) == len(draws)
-    assert draws[0] == torch.rand(1, generator=empssl.generator(0, "order", 0)).item()
+    assert draws[0] == torch.rand(1, generator=empssl.generator_of(0, "order", 0)).item()
 
 
 def test_the_papers_encoder_is_the_default():

@@ -56,8 +56,7 @@ def method(config: Config, data: Dataset) -> tuple[Encoder, Augmentation | list,
         with_last_stage(encoder, config.warm_last_stage, bool(config.resume))
     if config.method != "empssl":
         # A target network is a copy of the encoder, so the objective is made after all else.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with empssl.first_weights_by(config.seed):
             objective = new_objective(config, encoder, data, augmentation)
         encoder.prepare = objective.prepare
     return encoder, augmentation, objective.to(config.device)

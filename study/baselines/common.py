@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import empssl
-from empssl import Augmentation, generator
+from empssl import Augmentation, generator_of
 from empssl_support.cli import UsageError, flag
 
 NAMES = ("empssl", "simclr", "vicreg", "byol", "swav", "ressl", "single", "supervised")
@@ -166,7 +166,7 @@ class Objective(nn.Module):
         return z
 
     def chance(self, purpose: str) -> torch.Generator:
-        return generator(self.seed, purpose, self.calls)
+        return generator_of(self.seed, purpose, self.calls)
 
     def get_extra_state(self) -> int:
         """Saved with the rest of the state."""

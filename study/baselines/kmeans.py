@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from empssl import generator
+from empssl import generator_of
 from empssl_support.cli import one_sentence, progress
 from empssl_support.data import load_dataset
 from empssl_support.machine import provenance
@@ -47,7 +47,7 @@ def all_patches(images: Tensor) -> Tensor:
 
 def some_patches(images: Tensor, seed: int) -> Tensor:
     """`(PATCHES, 108)`: as many from each image, places drawn by the seed."""
-    chance = generator(seed, "kmeans patches", 0)
+    chance = generator_of(seed, "kmeans patches", 0)
     each = -(-PATCHES // len(images))
     found = []
     for part in images.split(500):
@@ -141,7 +141,7 @@ def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, seed: int) -> di
     for features in (x, test_x):
         # In place, since a copy would be gigabytes; the mean squared length is then 1.
         features.sub_(mean).div_(deviation).div_(width**0.5)
-    order = torch.randperm(len(y), generator=generator(seed, "held out", 0))
+    order = torch.randperm(len(y), generator=generator_of(seed, "held out", 0))
     held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
     svm = LinearSVM(x, y)
     on_held_out = {}

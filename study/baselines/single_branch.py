@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import empssl
-from empssl import Augmentation, generator
+from empssl import Augmentation, generator_of
 from study.baselines.common import Config, Objective, Views
 
 # The authors' code.
@@ -52,7 +52,7 @@ class SingleBranch(Objective):
 
     def __init__(self, config: Config, N: int, start: Callable[[], Tensor] | None = None):
         super().__init__(config.seed)
-        chance = generator(config.seed, "bank", 0)
+        chance = generator_of(config.seed, "bank", 0)
         bank = torch.randn(N, config.dim, generator=chance)
         self.register_buffer("bank", F.normalize(bank, dim=1))
         self.start = start
@@ -156,10 +156,10 @@ def untrained_features(
     """
     image_size = images.shape[2:]
     device = torch.device(config.device)
-    order = torch.randperm(len(images), generator=generator(config.seed, "calibrate order", 0))
+    order = torch.randperm(len(images), generator=generator_of(config.seed, "calibrate order", 0))
     parts = []
     for i, index in enumerate(order.tensor_split(math.ceil(len(images) / config.batch))):
-        chance = generator(config.seed, "calibrate", i)
+        chance = generator_of(config.seed, "calibrate", i)
         params = empssl.sample_patches(len(index), 1, image_size, augmentation, chance)
         x = empssl.extract_patches(images, index, params, config.patch_size, device=device)
         parts.append(encoder.embedding(x))

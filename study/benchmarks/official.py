@@ -227,7 +227,7 @@ def our_patches(images: Tensor, n: int, dtype: torch.dtype) -> Callable[[int], T
     index = torch.arange(len(images))
 
     def cut(i: int) -> Tensor:
-        chance = empssl.generator(0, "patches", i)
+        chance = empssl.generator_of(0, "patches", i)
         augmentation = empssl.Augmentation()
         params = empssl.sample_patches(len(images), n, (SIDE, SIDE), augmentation, chance)
         return empssl.extract_patches(images, index, params, SIDE, dtype)
@@ -330,7 +330,7 @@ def time_both(
     )
     total = 15_000  # the steps of 30 epochs: the learning rate hardly falls while this is timed
     theirs, ours = both_trainers(clone, device, torch.float32, total, precision)
-    our_cut = our_patches(images, n, empssl.dtype_of_patches(precision))
+    our_cut = our_patches(images, n, empssl.dtype_of(precision))
     our_calls = calls_of(ours, our_cut, n)
     rows = []
     for part, call in calls_of(theirs, cut, n).items():

@@ -57,7 +57,7 @@ def rows_of(op: str, calls: dict, device: torch.device, **sizes) -> list[dict]:
 def cutting(op, device, b, n, s, dtype=torch.float32, augmentation=None):
     """A `call(i)` that cuts n patches of each of b images by `op`, of four batches by turns."""
     augmentation = augmentation or empssl.Augmentation()
-    chance = empssl.generator(0, "benchmark", 0)
+    chance = empssl.generator_of(0, "benchmark", 0)
     images = torch.randint(256, (4, b, 3, 32, 32), generator=chance).to(device, torch.uint8)
     params = [empssl.sample_patches(b, n, (32, 32), augmentation, chance) for _ in range(4)]
     params = torch.stack(params).to(device)  # (4, n, b, K)
@@ -114,7 +114,7 @@ def bench_patches_on_one_core(b, n, s) -> list[dict]:
 
 def kernel_alone(b, n, s):
     """A `call(i)` of the compiled function, its output there already."""
-    chance = empssl.generator(0, "benchmark", 0)
+    chance = empssl.generator_of(0, "benchmark", 0)
     images = torch.randint(256, (b, 3, 32, 32), generator=chance).to(torch.uint8)
     params = empssl.sample_patches(b, n, (32, 32), empssl.Augmentation(), chance)
     index = torch.arange(b)

@@ -29,7 +29,7 @@ def seconds_of_parts(config: empssl.Config, encoder, images: torch.Tensor) -> li
     """Medians over eight steps of `empssl.train`, after two others."""
     n, b = config.patches, config.batch
     device = images.device
-    dtype = empssl.dtype_of_patches(config.precision)
+    dtype = empssl.dtype_of(config.precision)
     augmentation = empssl.training_augmentation(config, (32, 32))
     objective = empssl.Objective(config.lam, config.eps2)
     parameters = list(encoder.parameters())
@@ -42,7 +42,7 @@ def seconds_of_parts(config: empssl.Config, encoder, images: torch.Tensor) -> li
 
     for t in range(10):
         index = torch.randint(len(images), (b,))
-        chance = empssl.generator(config.seed, "patches", t)
+        chance = empssl.generator_of(config.seed, "patches", t)
         lap()
         params = empssl.sample_patches(b, n, (32, 32), augmentation, chance)
         lap()
@@ -68,7 +68,7 @@ def seconds_of_parts(config: empssl.Config, encoder, images: torch.Tensor) -> li
 def floors(config: empssl.Config, encoder, device: torch.device) -> list[float]:
     """The least seconds that each part could take on this machine."""
     n, b, d, s = config.patches, config.batch, config.dim, config.patch_size
-    dtype = empssl.dtype_of_patches(config.precision)
+    dtype = empssl.dtype_of(config.precision)
     bandwidth = copy_rate(device)
     float32_rate = product_rate(device, torch.float32)
     # A GPU's float32 convolutions are TF32 products.

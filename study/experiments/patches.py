@@ -60,11 +60,11 @@ def pairwise_cosine(encoder: empssl.Encoder, config: empssl.Config, data: Datase
     n = 8
     size = data.train_images.shape[2:]
     augmentation = empssl.training_augmentation(config, size)
-    order = empssl.generator(0, "pairwise cosine", 0)
+    order = empssl.generator_of(0, "pairwise cosine", 0)
     some = torch.randperm(len(data.train_images), generator=order)[:1000]
     found = []
     for i, index in enumerate(some.split(50)):
-        chance = empssl.generator(0, "pairwise cosine of", i)
+        chance = empssl.generator_of(0, "pairwise cosine of", i)
         params = empssl.sample_patches(len(index), n, size, augmentation, chance)
         x = empssl.extract_patches(data.train_images, index, params, config.patch_size)
         z = encoder(x).unflatten(0, (n, -1))  # (n, b, d)
