@@ -181,7 +181,7 @@ def test_claims_are_drawn_with_their_intervals_and_what_is_asked(tmp_path, monke
     keep("claims", "one-negative", (0.601, 0.602, 0.603))
     plot.draw_claims()
     ((name, labels, (zero, (low, mean, high), asked)),) = drawn
-    assert name == "claims.png" and labels == ["Bordes et al.: one negative is enough"]
+    assert name == "claims.png" and labels == ["asked here: one negative is enough"]
     half = 4.3 * 0.1 / 3**0.5
     assert (low, mean, high) == pytest.approx((0.2 - half, 0.2, 0.2 + half))
     assert zero == (0, 0) and asked == (-1.0,)
@@ -190,9 +190,11 @@ def test_claims_are_drawn_with_their_intervals_and_what_is_asked(tmp_path, monke
 def test_a_claim_has_its_pair_and_its_verdict():
     keep("claims", "one-negative", (0.601, 0.602, 0.603))
     keep("claims", "simclr", (0.600, 0.601, 0.602))
-    keep("claims", "noise-1", (0.3, 0.3, 0.3))  # without what stands beside it, no row
-    (row,) = rows(comparisons.claims_table().splitlines())
-    assert "2303.01986" in row["paper"] and row["at equal"] == "epochs"
+    keep("claims", "untrained", (0.501, 0.503, 0.505))
+    keep("claims", "single-5000", (0.3, 0.3, 0.3))  # without what stands beside it, no row
+    trains, row = rows(comparisons.claims_table().splitlines())
+    assert "2303.01986" in trains["paper"] and trains["points"] == "+9.9 ± 0.1"
+    assert row["paper"] == "asked here" and row["at equal"] == "epochs"
     assert row["points"] == "+0.1 ± 0.0" and row["seeds"] == "3"
     assert row["here"] == "holds" and row["asked"] == "over -1"
     assert row["points by kNN"] == ""

@@ -23,6 +23,7 @@ PAPERS = {
     claims.DEMOCRATIC: "[Bordes et al.](https://arxiv.org/abs/2303.01986)",
     claims.SINGLE: "[single-branch](https://arxiv.org/abs/2404.19289)",
     claims.S3L: "[S3L](https://arxiv.org/abs/2103.13559)",
+    claims.OURS: "asked here",
 }
 
 

@@ -119,12 +119,13 @@ def draw_claims() -> None:
         axes.plot([], [], linewidth=3, markersize=8, label=said, **look)
     axes.plot([], [], label="asked: the interval lies to its right", **asked)
     axes.legend(frameon=False, loc="lower right")
-    names = [f"{PAPERS[claim.paper][1:].partition(']')[0]}: {claim.says}" for claim, _ in found]
+    papers = {key: name.partition("]")[0].lstrip("[") for key, name in PAPERS.items()}
+    names = [f"{papers[claim.paper]}: {claim.says}" for claim, _ in found]
     axes.set_yticks(range(len(found)), names)
     axes.set_ylim(len(found) - 0.4, -0.6)  # the first on top
     axes.set_xlabel("difference in accuracy, percentage points")
-    title = "What three papers claim, and what was found\nmean and its 95 % interval over seeds"
-    finish(figure, axes, title, "claims.png")
+    title = "What three papers claim or was asked here, and what was found"
+    finish(figure, axes, f"{title}\nmean and its 95 % interval over seeds", "claims.png")
 
 
 def finish(figure, axes, title: str, name: str) -> None:
