@@ -5,9 +5,11 @@
 All training images, each method with the settings that study.experiments.methods found for it, for
 as many epochs as take the seconds of preset laptop's ten minutes, by the speeds measured there. The
 first seed is probed after about a quarter, a half and three quarters of its epochs too, while its
-learning rate has yet to fall: a training of that length may end elsewhere.
-Records are kept in minutes.jsonl.
+learning rate has yet to fall: a training of that length may end elsewhere. Its first steps are made
+once more, to be probed early. Records are kept in minutes.jsonl.
 """
+
+from collections.abc import Callable, Iterator
 
 import empssl
 from empssl_support.cli import one_sentence
@@ -24,11 +26,13 @@ from study.experiments.methods import (
     seconds_of,
     seconds_of_ours,
 )
+from study.experiments.records import named
 from study.experiments.runs import flags_of_trials
 from study.experiments.trials import Trial, make_all, probe_bag, train
 
 EPOCHS = 4  # of EMP-SSL
 SHARES = (1 / 4, 1 / 2, 3 / 4)  # of a training's epochs, after which it is probed
+EARLY = (1 / 32, 1 / 16, 1 / 8)  # of its steps, after which it is probed when made once more
 
 
 def ten_minutes(data_dir: str, seeds: int) -> list[Trial]:
@@ -64,12 +68,63 @@ def make(trial: Trial, data: Dataset) -> dict:
     return metrics | {"curve": curve, "images": len(data.train_images)}
 
 
+class Beginning(Run):
+    """The first steps of a training, which is probed after `wanted` ones and ends with the last."""
+
+    def __init__(self, wanted: list[int], probe: Callable[[empssl.Encoder], dict]):
+        super().__init__()
+        self.wanted = wanted
+        self.probe = probe
+        self.curve = []
+
+    def steps(self, *lengths) -> Iterator[int]:
+        for t in super().steps(*lengths):
+            yield t
+            if t + 1 == max(self.wanted):
+                return
+
+    def after_step(self, t: int, loss, terms) -> None:
+        super().after_step(t, loss, terms)
+        if t + 1 in self.wanted:
+            encoder = self.parts["encoder"]
+            self.curve.append({"epoch": (t + 1) / self.steps_an_epoch} | self.probe(encoder))
+            encoder.train()
+
+
+def beginnings(data_dir: str) -> list[Trial]:
+    """Of the first seed's trainings, the same in all else."""
+    return [t._replace(name=name_of_beginning(t.name)) for t in ten_minutes(data_dir, seeds=1)]
+
+
+def name_of_beginning(method: str) -> str:
+    return f"{method}-beginning"
+
+
+def make_beginning(trial: Trial, data: Dataset) -> dict:
+    """The metrics after the last of these steps, and the curve up to there."""
+    config = trial.settings()
+    steps = len(data.train_images) // config.batch * config.epochs
+    wanted = [max(1, round(share * steps)) for share in EARLY]
+    run = Beginning(wanted, lambda encoder: probe_bag(encoder, config, data))
+    _, metrics = train(config, data, run)
+    return metrics | {"curve": run.curve, "patches_seen": max(wanted) * run.patches_a_step}
+
+
 def curve_of(record: dict) -> list[tuple[float, float]]:
-    """Seconds of training, with the machine to itself, and accuracy."""
+    """Seconds of training, with the machine to itself, and accuracy.
+
+    From the beginning of the same training, where that was made, with the same precision.
+    """
     kind = record["method"], record["optimizer"], record["batch"]
+    same = ("seed", "precision")
+    early = []
+    for beginning in named("minutes", name_of_beginning(record["name"])):
+        if all(beginning[key] == record[key] for key in same):
+            early = beginning["metrics"]["curve"]
     metrics = record["metrics"]
     larger = metrics["images"] / IMAGES
-    return [(larger * seconds_of(p["epoch"], *kind), p["linear_top1"]) for p in metrics["curve"]]
+    curve = early + metrics["curve"]
+    return [(larger * seconds_of(p["epoch"], *kind), p["linear_top1"]) for p in curve]
 
 
 def seconds_to(wanted: float, curve: list[tuple[float, float]]) -> float | None:
@@ -96,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(typed.device)
     data = to_device(load_dataset("imagefolder", typed.data_dir), device)
     make_all("minutes", ten_minutes(typed.data_dir, typed.seeds), data, make, device)
+    make_all("minutes", beginnings(typed.data_dir), data, make_beginning, device)
 
 
 if __name__ == "__main__":
