@@ -220,11 +220,15 @@ def seconds_an_epoch(name: str) -> float:
     return speed["metrics"]["seconds_an_epoch"]
 
 
+def model_of(name: str) -> str:
+    """The variant whose epochs and rate it takes: itself, as a rule."""
+    return VARIANTS[name].like or name
+
+
 def epochs_of(name: str) -> int:
     """Raises `UsageError` where a speed is needed and was not measured."""
+    name = model_of(name)
     variant = VARIANTS[name]
-    if variant.like:
-        return epochs_of(variant.like)
     if variant.epochs:
         return variant.epochs
     if variant.seconds is None:
@@ -264,8 +268,7 @@ def left_to_search(data_dir: str = "") -> list[Trial]:
 
 def best_rate(name: str) -> float:
     """A multiple of the method's rate. Raises `UsageError` where one was not tried."""
-    name = VARIANTS[name].like or name
-    tried = records_of("claims", rate_trials(name), f"{HERE} search")
+    tried = records_of("claims", rate_trials(model_of(name)), f"{HERE} search")
     return max(tried, key=top1)["rate"] if tried else 1
 
 

@@ -234,7 +234,7 @@ def claims_runs() -> str:
 
 def seconds_of_run(name: str, run: dict) -> str:
     """Of both phases, where there are two; empty where the run has no seconds to keep to."""
-    name = claims.VARIANTS[name].like or name
+    name = claims.model_of(name)
     variant = claims.VARIANTS[name]
     if variant.seconds is None:
         return ""
@@ -246,7 +246,7 @@ def seconds_of_run(name: str, run: dict) -> str:
 
 def rates_tried(name: str) -> str:
     """From the lowest to the highest."""
-    start = f"search-{claims.VARIANTS[name].like or name}-"
+    start = f"search-{claims.model_of(name)}-"
     tried = [r["lr"] for r in read("claims") if r["name"] == f"{start}{r.get('rate', 0):.3g}"]
     return f"{min(tried):.3g} to {max(tried):.3g}" if tried else ""
 

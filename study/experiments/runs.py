@@ -194,7 +194,8 @@ def left_of(recipes: list[Recipe]) -> list[Recipe]:
 def flags(about: str, data_dir: str = "data") -> argparse.ArgumentParser:
     """Those that the commands share."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--data-dir", default=data_dir, help="as empssl.py's")
+    where = "where the images lie; what is on record is taken to be of the same ones"
+    parser.add_argument("--data-dir", default=data_dir, help=where)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     return parser
 
