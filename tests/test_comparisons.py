@@ -134,6 +134,7 @@ def test_twenty_patches_stand_once_in_both_comparisons():
     keep("patches", "equal-images-2-equal-cosine", (0.5,), about | {"lam": 300.4}, cosine=0.379)
     keep("patches", "equal-images-2-equal-ratio", (0.4,), about, cosine=0.1)
     keep("patches", "equal-patches-50-equal-ratio", (0.3,), about | {"batch": 20}, cosine=0.5)
+    keep("patches", "equal-patches-50-equal-lambda", (0.1,), about | {"batch": 20}, cosine=0.6)
     slower = about | {"batch": 20, "lr": 0.05}
     keep("patches", "equal-patches-50-another-rate", (0.2,), slower, cosine=0.5)
     for how in ("ratio", "cosine"):  # of one lambda: one row
@@ -148,11 +149,12 @@ def test_twenty_patches_stand_once_in_both_comparisons():
         ("images", "50", "both", "98", "0.38"),
         ("patches", "20", "both", "98", "0.38"),
         ("patches", "50", "ratio", "98", "0.50"),
+        ("patches", "50", "fixed", "98", "0.60"),
         ("patches", "50", "cosine", "98", "0.50"),
     ]
-    assert [r["rate"] for r in found] == ["0.15"] * 6 + ["0.05"]
+    assert [r["rate"] for r in found] == ["0.15"] * 7 + ["0.05"]
     ahead = [r["minus 20 patches"] for r in found]
-    assert ahead == ["-20.0", "-10.0", "", "+10.0", "", "-30.0", "-40.0"]
+    assert ahead == ["-20.0", "-10.0", "", "+10.0", "", "-30.0", "-50.0", "-40.0"]
 
 
 def test_numbers_of_patches_are_drawn_as_far_as_they_go(tmp_path, monkeypatch):

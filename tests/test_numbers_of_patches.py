@@ -88,6 +88,8 @@ def test_each_number_has_equal_steps_and_a_lambda_by_ratio_and_by_cosine(made):
         if trial.about["lambda_by"] == "equal ratio":
             ratio = config.lam / patches.highest_rate(config.batch)
             assert ratio == pytest.approx(1, abs=1e-3)
+        elif trial.about["lambda_by"] == "equal lambda":
+            assert config.lam == pytest.approx(patches.highest_rate(50), abs=0.01)
         else:
             assert cosine == pytest.approx(wanted, abs=patches.NEAR_ENOUGH + 1e-3)
     assert steps == {patches.STEPS}
@@ -95,7 +97,7 @@ def test_each_number_has_equal_steps_and_a_lambda_by_ratio_and_by_cosine(made):
     assert seen["images"] == {50 * n for n in patches.NUMBERS if n != 20}
     rates = {(t.about["n"], t.about["comparison"]) for t, c, _ in made if c.lr != 0.15}
     assert rates == {(2, "patches"), (50, "patches")}
-    assert len(made) == 2 * (1 + 2 * 2 * (len(patches.NUMBERS) - 1) + len(rates))
+    assert len(made) == 2 * (1 + (2 + 3) * (len(patches.NUMBERS) - 1) + len(rates))
     # What was made is left alone, and no other lambda is looked for.
     lines = len(records.read("patches"))
     patches.main(["--seeds", "2"])

@@ -144,6 +144,8 @@ def numbers_of_patches() -> str:
             ways = [("ratio", ratio), ("cosine", cosine)]
             if ratio and cosine and ratio[0]["lam"] == cosine[0]["lam"]:
                 ways = [("both", ratio)]
+            if n != patches.REFERENCE:
+                ways.append(("fixed", of_patches(comparison, n, "equal lambda")))
             ways.append(("cosine", of_another_rate(comparison, n)))
             for how, runs in ways:
                 if not runs:

@@ -8,6 +8,7 @@ n = 2, 5, 10, 20 and 50 patches, 300 steps each, in two comparisons, three seeds
 How strongly lambda pulls depends on n, so each is made twice: with lambda = R_max, about the
 paper's ratio, and with the lambda that brings the mean cosine between two patches of an image, c,
 to where it is for n = 20. That lambda is searched for in runs of the same kind with another seed.
+At equal patches, where R_max differs with the batch, each is also made with the lambda of n = 20.
 The learning rate is preset laptop's, found with 50 images a batch; the largest and the smallest
 batch are made with another one too. Records are kept in patches.jsonl.
 """
@@ -164,7 +165,7 @@ def search_lambda(comparison: str, n: int, data: Dataset, data_dir: str) -> None
 
 
 def comparisons(data_dir: str, seeds: int) -> list[Trial]:
-    """The reference, and of every other number and comparison one run of each lambda."""
+    """The reference, and of every other number and comparison a run of each lambda."""
     trials = []
     for seed in range(seeds):
         ours = make_trial("reference", data_dir, REFERENCE, 50, highest_rate(50), seed)
@@ -180,6 +181,8 @@ def of_number(comparison: str, n: int, data_dir: str, seed: int) -> list[Trial]:
     b = images_a_batch(comparison, n)
     equal_cosine, _ = closest(tries_of_lambda(comparison, n), wanted_cosine())
     ways = {"equal ratio": (highest_rate(b), RATE), "equal cosine": (equal_cosine, RATE)}
+    if comparison == "patches":
+        ways["equal lambda"] = highest_rate(50), RATE
     if comparison == "patches" and n in OTHER_RATES:
         ways[ANOTHER_RATE] = equal_cosine, OTHER_RATES[n]
     trials = []
