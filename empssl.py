@@ -719,21 +719,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # ---- Training (paper algorithm 1) ---------------------------------------------------------------
 
 
-def train(
-    encoder: Encoder,
-    images: Tensor,
-    config: Config,
-    augmentation: Augmentation | list[Augmentation],
-    objective: nn.Module | None = None,
-    run: Run | None = None,
-) -> dict:
-    """Train an encoder in place, on its device, for `config.epochs` passes over the images.
+def train(encoder, images: Tensor, config: Config, augmentation, objective=None, run=None) -> dict:
+    """Train an `Encoder` in place, on its device, for `config.epochs` passes over the images.
 
-    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The objective is by
-    default an `Objective` of the settings; the run logs, saves and resumes. Under torchrun each
-    process encodes its share of a batch, and the loss is of all b. Returns the last R and D,
-    train_seconds and patches_seen. Raises `UsageError` where b > N, `FloatingPointError` where the
-    loss or a weight is not finite, and `Stopped` after a signal that a run of a folder waits for.
+    images `(N, 3, H, W)` uint8; those that do not fill a batch are left out. The augmentation is as
+    `sample_patches` takes it, the objective like `Objective`; `run`, a `Run`, logs, saves, resumes.
+    Under torchrun each process encodes its share of a batch; the loss is of all b. Returns the last
+    R and D, train_seconds, patches_seen. Raises `UsageError` where b > N, `FloatingPointError`
+    where loss or weights are not finite, `Stopped` after a signal.
     """
     n, b, seed = config.patches, config.batch, config.seed
     N, _, *image_size = images.shape
@@ -744,7 +737,6 @@ def train(
     sides = sides_of_patches(config, total)  # s, of each step
     device, dtype = next(encoder.parameters()).device, dtype_of(config.precision)
     mine = share(b)  # the slice of a batch that this process encodes
-
     objective = objective or Objective(config.lam, config.eps2)
     parameters = [*encoder.parameters(), *objective.parameters()]
     optimizer = new_optimizer(config, parameters, encoder.matrices())
@@ -799,10 +791,9 @@ def embed(
     images `(N, 3, H, W)` uint8 -> `(N, hidden)` float32, on the encoder's device. Patches are crops
     on an even grid, not recoloured, or with an `augmentation` drawn at random; a GPU, which takes
     more images at once, then draws others than a CPU. The official code draws 128, as in training.
-    Each patch is encoded by itself. With `quadrants` there is a mean for each quadrant of the grid,
-    side by side, `(N, 4 * hidden)`: top left, top right, bottom left, bottom right. Puts the
-    encoder into eval mode. Raises `UsageError` where `patches` is below 1 or makes no such grid or
-    no quadrants.
+    With `quadrants` there is a mean for each quadrant of the grid, side by side, `(N, 4 * hidden)`:
+    top left, top right, bottom left, bottom right. Puts the encoder into eval mode. Raises
+    `UsageError` where `patches` is below 1, or makes no such grid or no quadrants.
     """
     if patches < 1:
         raise UsageError(f"there are {patches} patches to embed an image by; give at least 1.")
@@ -830,8 +821,6 @@ def embed(
         with autocast(device, precision):
             h = encoder.representation(x)
         h = h.float().unflatten(0, (patches, -1))  # (n, b, hidden)
-
-        # The mean over its patches is an image's bag of patches.
         if quadrants:
             h = h.unflatten(0, (2, k // 2, 2, k // 2)).mean((1, 3))  # (2, 2, b, hidden)
             bags[index] = h.permute(2, 0, 1, 3).flatten(1)  # (b, 4 * hidden)
