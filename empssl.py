@@ -303,7 +303,7 @@ def sample_patches(
         return torch.cat([sample_patches(b, 1, image_size, a, generator) for a in augmentation])
     H, W = image_size
     a = augmentation
-    # Each of the 15 choices below has uniform numbers of its own, (n, b), also where it is not used.
+    # Each of the 15 choices below has uniform numbers of its own, (n, b), even where it is unused.
     draws = iter(torch.rand(15, n, b, generator=generator))
 
     def uniform(low: float, high: float) -> Tensor:
