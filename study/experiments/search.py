@@ -41,6 +41,7 @@ TRIES = {
     "lars": Try(0.680, "--epochs 3 --optimizer lars --lr 0.3"),
     "lars-slower": Try(0.705, "--epochs 3 --optimizer lars --lr 0.1"),
     "lars-slowest": Try(0.700, "--epochs 3 --optimizer lars --lr 0.033"),
+    "lars-slower-still": Try(0.690, "--epochs 3 --optimizer lars --lr 0.011"),
     "slower": Try(0.725, "--epochs 3 --lr 0.08"),
     "faster": Try(0.710, "--epochs 3 --lr 0.3"),
     "faster-three-steps": Try(0.710, "--epochs 3 --lr 0.3", newton_schulz=3),
