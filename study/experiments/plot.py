@@ -68,19 +68,23 @@ def draw_numbers_of_patches() -> None:
     if not named("patches", "reference"):
         return
     figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-    ways = {"equal ratio": "#2c6fb7", "equal cosine": "#d1342f"}
-    labels = {"equal ratio": "lambda by ratio", "equal cosine": "lambda by cosine"}
+    # The first line is the wider one: it shows where another lies on top of it.
+    looks = {
+        "equal ratio": {"label": "lambda by ratio", "color": "#2c6fb7", "linewidth": 4},
+        "equal cosine": {"label": "lambda by cosine", "color": "#d1342f", "capsize": 3},
+        "equal lambda": {"label": "one lambda", "color": "#1f9e89", "linestyle": "--"},
+    }
+    # At equal images there is one highest rate, so there one lambda is lambda by ratio.
+    ways = {"images": ["equal ratio", "equal cosine"], "patches": list(looks)}
     for axes, comparison in zip(panels, patches.COMPARISONS, strict=True):
-        for how, colour in ways.items():
+        for how in ways[comparison]:
             found = {n: of_patches(comparison, n, how) for n in patches.NUMBERS}
-            found = {n: runs for n, runs in found.items() if runs}
-            drawn = [(n, *mean_and_deviation(runs, "linear_top1")) for n, runs in found.items()]
+            drawn = [
+                (n, *mean_and_deviation(runs, "linear_top1")) for n, runs in found.items() if runs
+            ]
             numbers, means, deviations = zip(*drawn, strict=True)
             deviations = [deviation or 0.0 for deviation in deviations]
-            # The first line is the wider one: it shows where the other lies on top of it.
-            look = {"linewidth": 4, "alpha": 0.6} if how == "equal ratio" else {"capsize": 3}
-            look |= {"color": colour, "marker": "o", "label": labels[how]}
-            axes.errorbar(numbers, means, deviations, **look)
+            axes.errorbar(numbers, means, deviations, marker="o", alpha=0.7, **looks[how])
         axes.set_xscale("log")
         axes.set_xticks(patches.NUMBERS, patches.NUMBERS)
         axes.minorticks_off()
