@@ -133,7 +133,7 @@ def seconds_to(wanted: float, curve: list[tuple[float, float]]) -> str:
 
 
 def numbers_of_patches() -> str:
-    """Two comparisons, by either lambda, in one row where both are the same."""
+    """Two comparisons, a row for each lambda, or for two that are the same."""
     rows = []
     reference = named("patches", "reference")
     for comparison in patches.COMPARISONS:

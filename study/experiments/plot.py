@@ -72,9 +72,9 @@ def draw_numbers_of_patches() -> None:
     looks = {
         "equal ratio": {"label": "lambda by ratio", "color": "#2c6fb7", "linewidth": 4},
         "equal cosine": {"label": "lambda by cosine", "color": "#d1342f", "capsize": 3},
-        "equal lambda": {"label": "one lambda", "color": "#1f9e89", "linestyle": "--"},
+        "equal lambda": {"label": "lambda fixed", "color": "#1f9e89", "linestyle": "--"},
     }
-    # At equal images there is one highest rate, so there one lambda is lambda by ratio.
+    # At equal images there is one highest rate, so there lambda by ratio is fixed.
     ways = {"images": ["equal ratio", "equal cosine"], "patches": list(looks)}
     for axes, comparison in zip(panels, patches.COMPARISONS, strict=True):
         for how in ways[comparison]:
