@@ -111,3 +111,15 @@ def test_the_command_keeps_a_record(tmp_path, monkeypatch):
     assert record["metrics"]["svm_top1"] > 0.2
     parts = ("centroid", "feature", "probe")
     assert all(record["metrics"][f"{part}_seconds"] > 0 for part in parts)
+
+
+def test_a_record_says_when_it_began(tmp_path, monkeypatch):
+    """Not when it ended: by then the code in the folder may be another."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(kmeans, "load_dataset", lambda *_: None)
+    clock = iter(["before", "after"])
+    monkeypatch.setattr(kmeans, "provenance", lambda _: {"started": next(clock)})
+    monkeypatch.setattr(kmeans, "run", lambda *_: {"when": next(clock)})
+    kmeans.main([])
+    (record,) = records.read("kmeans")
+    assert (record["started"], record["metrics"]["when"]) == ("before", "after")

@@ -176,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--centroids", type=int, default=1600, help="K")
     parser.add_argument("--seed", type=int, default=0)
     typed = parser.parse_args(argv)
+    # Before anything is made: of when it began, and of the code that was loaded.
+    code = provenance("cpu")
     images = load_dataset("imagefolder", typed.data_dir)
     metrics = run(images, typed.centroids, typed.seed)
     print(metrics)
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         "dataset": "imagefolder",
         "data_dir": typed.data_dir,
     }
-    keep("kmeans", record | provenance("cpu") | {"metrics": metrics})
+    keep("kmeans", record | code | {"metrics": metrics})
 
 
 if __name__ == "__main__":
