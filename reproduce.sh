@@ -4,7 +4,7 @@
 # bash reproduce.sh test-long  the same with the tests that take minutes, sanitizers, and the wheel on the oldest PyTorch supported
 # bash reproduce.sh gpu        on a machine with a GPU: the ops' tests, compute-sanitizer, the ops' benchmark, a step's parts
 # bash reproduce.sh cifar10|cifar100|tinyimagenet|imagenet100    the paper's tables: 1, 10, 30 epochs of 20 and 200 patches
-# bash reproduce.sh laptop|patches|network|transfer    the other tables; all go on where they were cut off (--help says more)
+# bash reproduce.sh laptop|patches|network|transfer|kmeans    the other tables; all go on where they were cut off (--help says more)
 # bash reproduce.sh methods    the methods' speed, their search and their comparison; then minutes and claims can run, the same way
 # bash reproduce.sh tables     write the tables of README.md and docs/ anew from study/results/
 # The Python in use serves as it is if it has all that is needed (then no network is needed either);
@@ -99,13 +99,22 @@ laptop|minutes|patches|network|transfer)
     "$PY" -m "study.experiments.$command" "${@:2}"
     "$PY" -m study.experiments.tables
     ;;
+kmeans)
+    setup figures matplotlib sklearn bokeh
+    for centroids in 1600 4000; do
+        for seed in 0 1 2; do
+            "$PY" -m study.baselines.kmeans --centroids "$centroids" --seed "$seed"
+        done
+    done
+    "$PY" -m study.experiments.tables
+    ;;
 tables)
     setup figures matplotlib sklearn bokeh
     "$PY" -m study.experiments.tables
     "$PY" -m study.experiments.plot
     ;;
 *)
-    echo "error: there is no command '$command'; the commands are: (none), test, test-long, gpu, cifar10, cifar100, tinyimagenet, imagenet100, laptop, methods, claims, minutes, patches, network, transfer, tables." >&2
+    echo "error: there is no command '$command'; the commands are: (none), test, test-long, gpu, cifar10, cifar100, tinyimagenet, imagenet100, laptop, methods, claims, minutes, patches, network, transfer, kmeans, tables." >&2
     exit 2
     ;;
 esac

@@ -123,3 +123,17 @@ def test_a_record_says_when_it_began(tmp_path, monkeypatch):
     kmeans.main([])
     (record,) = records.read("kmeans")
     assert (record["started"], record["metrics"]["when"]) == ("before", "after")
+
+
+def test_what_is_on_record_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(kmeans, "load_dataset", lambda *_: None)
+    made = []
+    monkeypatch.setattr(kmeans, "run", lambda _, *which: made.append(which) or {})
+    kmeans.main([])
+    kmeans.main([])
+    assert made == [(1600, 0)]
+    kmeans.main(["--seed", "1"])
+    kmeans.main(["--centroids", "9"])
+    kmeans.main(["--data-dir", "others"])
+    assert made == [(1600, 0), (1600, 1), (9, 0), (1600, 0)]

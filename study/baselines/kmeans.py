@@ -8,7 +8,7 @@ Patches of 6x6 pixels are normalised in contrast and whitened, and k-means finds
 At every place of an image, a centroid's feature is how much nearer it is than centroids are on
 average; the features of each quadrant are added up. What is probed are the four sums side by side.
 The probe is the paper's, a linear SVM with squared hinge loss; its C is chosen on 5,000 of the
-training images. The record is kept in study/results/kmeans.jsonl.
+training images. The record is kept in study/results/kmeans.jsonl, and what is there is left alone.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from empssl import generator_of
 from empssl_support.cli import one_sentence, progress
 from empssl_support.data import load_dataset
 from empssl_support.machine import provenance
-from study.experiments.records import keep
+from study.experiments.records import keep, named
 
 SIDE = 6  # of a patch, in pixels
 PATCHES = 400_000  # that the centroids are learnt from
@@ -176,13 +176,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--centroids", type=int, default=1600, help="K")
     parser.add_argument("--seed", type=int, default=0)
     typed = parser.parse_args(argv)
+    name = f"kmeans-{typed.centroids}"
+    kept = [(record["seed"], record["data_dir"]) for record in named("kmeans", name)]
+    if (typed.seed, typed.data_dir) in kept:
+        print(f"{name} of seed {typed.seed} is on record in study/results/kmeans.jsonl")
+        return
     # Before anything is made: of when it began, and of the code that was loaded.
     code = provenance("cpu")
     images = load_dataset("imagefolder", typed.data_dir)
     metrics = run(images, typed.centroids, typed.seed)
     print(metrics)
     record = {
-        "name": f"kmeans-{typed.centroids}",
+        "name": name,
         "seed": typed.seed,
         "centroids": typed.centroids,
         "dataset": "imagefolder",

@@ -165,7 +165,8 @@ def start_all(recipes: list[Recipe], may_be_long: bool = True) -> None:
     """
     left = left_of(recipes)
     if not left:
-        print("nothing to do: all records are kept")
+        print("nothing to do: all are on record; to make them anew, move their file away first:")
+        print(*sorted({f"  study/results/{recipe.table}.jsonl" for recipe in recipes}), sep="\n")
         return
     seconds = estimate(left)
     print(f"{len(left)} runs, about {human_time(seconds)} of training, and probing:")

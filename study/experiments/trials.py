@@ -186,7 +186,8 @@ def make_all(
         return [trial for trial in trials if not trial.record(table)]
 
     left = missing()
-    print(f"{len(left)} of {len(trials)} trials are left to make")
+    kept = f"study/results/{table}.jsonl"
+    print(f"{len(left)} of {len(trials)} trials are left to make; those in {kept} are left alone")
     code = provenance(device)  # before anything is made: of the code that was loaded
     with progress(total=len(left), desc=table, unit="trial") as bar:
         while left:
