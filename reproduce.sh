@@ -103,7 +103,7 @@ kmeans)
     setup figures matplotlib sklearn bokeh
     for centroids in 1600 4000; do
         for seed in 0 1 2; do
-            "$PY" -m study.baselines.kmeans --centroids "$centroids" --seed "$seed"
+            "$PY" -m study.baselines.kmeans --centroids "$centroids" --seed "$seed" "${@:2}"
         done
     done
     "$PY" -m study.experiments.tables

@@ -137,7 +137,7 @@ def test_the_record_of_a_run_is_its_settings_and_its_last_line(stand_in):
     assert record["seen"] == [{"epoch": 1, "linear_top1": 0.3}] and record["resumed"] == []
 
 
-def test_a_probe_of_anothers_encoder_has_that_ones_costs(stand_in):
+def test_a_probe_of_anothers_encoder_has_that_ones_costs(stand_in, capsys):
     trained = Recipe("demo", "trained", DEMO, 0)
     probe = Recipe("demo", "probe", f"{DEMO} --eval-only --eval-patches 4", 0, "trained")
     runs.start_all([trained, probe])
@@ -146,8 +146,11 @@ def test_a_probe_of_anothers_encoder_has_that_ones_costs(stand_in):
     assert record["name"] == "probe" and record["eval_patches"] == 16
     assert record["probe"]["eval_patches"] == 4
     assert record["metrics"]["train_seconds"] == 100.0
+    capsys.readouterr()
     runs.start_all([trained, probe])
     assert len(stand_in) == 2
+    _, *kept = capsys.readouterr().out.splitlines()
+    assert kept == ["  study/results/demo.jsonl"]  # what is to be moved away, named once
 
 
 def test_an_encoder_that_is_to_be_probed_and_is_gone_is_trained_again(stand_in):
